@@ -1,0 +1,282 @@
+"""Loading: what exists, which version all ranks take, bringing it near, reading it.
+
+Choosing and restoring are collective. A version that turns out to be damaged while it is fetched is set aside by all
+ranks together, and they choose again.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, BinaryIO, Self, cast
+
+from cairn.agreement import error_to_json, first_error
+from cairn.choice import Candidate, Choice, Inventory, Key, Reads, choose, every_partition, parse_request
+from cairn.session import Session
+from cairn.transport.messages import Fetched, Progress
+from cairn.transport.restore_calls import Opened, RestoreCalls
+from cairn_api.errors import CairnError, ConfigurationError, VersionError
+
+log = logging.getLogger("cairn")
+
+_GATHERED_VERSIONS = 64
+"""Newest versions per node that ranks tell each other of: more would make the exchange grow with the history."""
+
+
+class Restored:
+    """One version, fetched and protected until :meth:`close`; a context manager.
+
+    ``path`` is where a partition lies below its version: its name, or ``by-rank/<rank>/<name>`` for one whose name
+    a lower rank used too. :meth:`path_of` finds it.
+    """
+
+    def __init__(self, calls: RestoreCalls, candidate: Candidate, fetched: Fetched, *, streamed: bool) -> None:
+        self.candidate = candidate
+        self._calls = calls
+        self._fetched = fetched
+        self._streamed = streamed
+
+    @property
+    def paths(self) -> list[str]:
+        """What was fetched."""
+        return sorted(self._fetched.ready)
+
+    @property
+    def from_tier(self) -> str:
+        """Where the bytes came from: memory, tier1 or tier2."""
+        return self._fetched.from_tier
+
+    def path_of(self, name: str, rank: int) -> str:
+        """Where *rank* finds *name*. Raises :class:`VersionError` when the version does not have it."""
+        path = self.candidate.path_of(name, rank)
+        if path is None:
+            raise VersionError(
+                f"version {self.candidate.version} has no partition {name!r}",
+                hint=f"it has: {', '.join(sorted(self.candidate.parts))}",
+            )
+        return path
+
+    def load(self, path: str, *, map_location: Any = None, weights_only: bool = True) -> Any:
+        """``torch.load`` of a fetched partition.
+
+        From tier 1 the tensors are mapped, not read: they stay valid after :meth:`close`, and writing to them changes
+        only this process's copy. From memory they are copied, because the buffer will be used for the next save.
+        """
+        from cairn.capture.globals import load  # noqa: PLC0415 - needs torch
+
+        with self._reader(path) as (file, mappable):
+            if mappable is not None:
+                return load(mappable, map_location=map_location, weights_only=weights_only, mmap=True)
+            return load(file, map_location=map_location, weights_only=weights_only)
+
+    def open(self, path: str) -> BinaryIO:
+        """The bytes of a fetched partition as a seekable file; valid after :meth:`close` unless they are streamed."""
+        if self._streamed:
+            return io.BytesIO(b"".join(self._calls.read(self._fetched.lease, path)))
+        opened = self._calls.open(self._fetched.lease, path)
+        return cast("BinaryIO", io.BufferedReader(_Part(opened)))
+
+    def close(self) -> None:
+        """End the protection of the version against deletion."""
+        try:
+            self._calls.end_fetch(self._fetched.lease)
+        except CairnError as error:
+            log.info("a fetch could not be ended, its lease will end by itself: %s", error)
+
+    def _reader(self, path: str) -> _Reader:
+        if path not in self._fetched.ready:
+            raise ConfigurationError(f"partition {path!r} was not fetched", hint=f"fetched were: {self.paths}")
+        if self._streamed:
+            return _Reader(self.open(path), None)
+        opened = self._calls.open(self._fetched.lease, path)
+        return _Reader(_Part(opened), _mappable(opened))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Reader:
+    """An open partition: a file, and a path that can be mapped when there is one."""
+
+    def __init__(self, file: Any, mappable: str | None) -> None:
+        self._file = file
+        self._mappable = mappable
+
+    def __enter__(self) -> tuple[Any, str | None]:
+        return self._file, self._mappable
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+class _Part(io.RawIOBase):
+    """The first *size_bytes* of a descriptor as a file: a capture buffer is longer than the partition in it."""
+
+    def __init__(self, opened: Opened) -> None:
+        self._fd = opened.fd
+        self._size_bytes = opened.size_bytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size_bytes}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, "a negative position")
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        with memoryview(buffer) as view, view.cast("B") as flat:
+            wanted = max(0, min(len(flat), self._size_bytes - self._position))
+            done = os.preadv(self._fd, [flat[:wanted]], self._position) if wanted else 0
+        self._position += done
+        return done
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._fd)
+        super().close()
+
+
+def _mappable(opened: Opened) -> str | None:
+    """A path under which torch can map the partition, or None. Memory is never mapped: its buffer will be reused."""
+    if opened.tier == "memory":
+        return None
+    for path in (f"/proc/self/fd/{opened.fd}", opened.path_hint):
+        # Another user's file can be read through the descriptor that was passed, but perhaps not opened again.
+        if path is not None and os.access(path, os.R_OK):
+            return path
+    return None
+
+
+class Loader:
+    """Choosing and restoring for one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def choose(
+        self,
+        version: str | None,
+        *,
+        save_dir: str | None,
+        source: str,
+        reads: Reads,
+        bad: frozenset[Key] = frozenset(),
+    ) -> Choice | None:
+        """See :meth:`cairn.Client.choose`."""
+        session = self._session
+        tag, exactly = (None, None) if version is None else parse_request(version)
+        inventory: dict[str, Any] | None = None
+        error: CairnError | None = None
+        # Ranks of one node have one daemon: the first of them speaks for all.
+        speaker = session.rank_nodes.index(session.rank_nodes[session.ranks.rank])
+        if speaker == session.ranks.rank:
+            try:
+                inventory = _newest(session.restoring.resolve(source, tag or ""), save_dir)
+                if tag is not None and not inventory["versions"]:
+                    # Nothing of that tag: the whole list, for an error that names what is near.
+                    inventory = _newest(session.restoring.resolve(source), save_dir)
+            except CairnError as raised:
+                error = raised
+        said = {"error": error_to_json(error), "inventory": inventory, "version": version or ""}
+        gathered = session.ranks.all_gather("choosing a version", said, session.settings.collective_timeout_s)
+        if (problem := first_error(gathered)) is not None:
+            raise problem from error
+        if any(item["version"] != (version or "") for item in gathered):
+            raise ConfigurationError("the ranks ask for different versions", hint="pass the same tag on every rank")
+        inventories: list[Inventory] = [
+            gathered[session.rank_nodes.index(node)]["inventory"] for node in session.rank_nodes
+        ]
+        chosen = choose(inventories, tag=tag, exactly=exactly, save_dir=save_dir, reads=reads, bad=bad)
+        if chosen is not None and chosen.passed_over and session.ranks.rank == 0:
+            log.warning("loading %s; newer ones were passed over: %s", chosen.version, "; ".join(chosen.passed_over))
+        return chosen
+
+    def fetch(
+        self, candidate: Candidate, paths: Iterable[str], *, source: str, progress: Callable[[Progress], None]
+    ) -> Restored:
+        """See :meth:`cairn.Client.fetch`."""
+        session = self._session
+        fetched = session.restoring.fetch(candidate.version, sorted(set(paths)), source, progress)
+        return Restored(session.restoring, candidate, fetched, streamed=session.settings.transport == "stream")
+
+    def restore(
+        self,
+        version: str | None,
+        *,
+        save_dir: str | None,
+        source: str,
+        reads: Reads,
+        progress: Callable[[Progress], None],
+    ) -> Restored | None:
+        """See :meth:`cairn.Client.restore`."""
+        session = self._session
+        bad: frozenset[Key] = frozenset()
+        while True:
+            chosen = self.choose(version, save_dir=save_dir, source=source, reads=reads, bad=bad)
+            if chosen is None:
+                return None
+            candidate = chosen.candidate
+            restored: Restored | None = None
+            error: CairnError | None = None
+            try:
+                paths = reads(candidate, session.ranks.rank)
+                restored = self.fetch(candidate, paths, source=source, progress=progress)
+            except CairnError as raised:
+                error = raised
+            gathered = session.ranks.all_gather(
+                f"fetching {candidate.version}", {"error": error_to_json(error)}, session.settings.collective_timeout_s
+            )
+            problem = first_error(gathered)
+            if restored is not None:
+                if problem is None:
+                    session.counters.loads += 1
+                    if not source:
+                        session.resumed_from = candidate.version
+                    return restored
+                restored.close()
+            if problem is not None and any(
+                item["error"] and item["error"]["class"] != VersionError.__name__ for item in gathered
+            ):
+                raise problem from error
+            log.warning("version %s cannot be loaded, choosing another: %s", candidate.version, problem)
+            bad |= {candidate.key}
+
+    def versions(self, source: str) -> Iterator[dict[str, Any]]:
+        """What this node's daemon could restore, newest first."""
+        yield from self._session.restoring.resolve(source)["versions"]
+
+
+def named(name: str) -> Reads:
+    """Every rank reads its own partition *name*, or the one that a lower rank saved under that name."""
+
+    def reads(candidate: Candidate, rank: int) -> Iterable[str]:
+        return [candidate.path_of(name, rank) or name]
+
+    return reads
+
+
+def _newest(inventory: dict[str, Any], save_dir: str | None) -> dict[str, Any]:
+    versions = [item for item in inventory["versions"] if save_dir is None or item["save_dir"] == save_dir]
+    return {**inventory, "versions": versions[:_GATHERED_VERSIONS]}
+
+
+__all__ = ["Loader", "Restored", "every_partition", "named"]

@@ -1,0 +1,193 @@
+"""A rank's standing relation with its daemon: the link, the capture buffers, what is unsettled, what went wrong."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+
+from cairn.agreement import check_same, error_to_json, first_error
+from cairn.counters import Counters
+from cairn.launch import Launch, repeat_claim
+from cairn.ranks import Ranks
+from cairn.settings import ClientSettings
+from cairn.transport.calls import Caller
+from cairn.transport.connection import Connection
+from cairn.transport.keepalive import KeepAlive
+from cairn.transport.link import Fixed, Link, open_first
+from cairn.transport.messages import Alive, Joined
+from cairn.transport.pool import Pool
+from cairn.transport.restore_calls import RestoreCalls
+from cairn.transport.save_calls import SaveCalls
+from cairn.transport.shared_memory import Segment
+from cairn.unsettled import Ledger, tell_again
+from cairn_api.errors import CairnError, ConfigurationError
+from cairn_api.names import VersionId
+
+log = logging.getLogger("cairn")
+
+_STOP_TIMEOUT_S = 5.0
+
+
+class Session:
+    """See the module. Made by :func:`open_session`, on every rank at the same time."""
+
+    def __init__(
+        self, settings: ClientSettings, ranks: Ranks, client_version: str, connection: Connection, joined: Joined
+    ) -> None:
+        self.settings = settings
+        self.ranks = ranks
+        self.joined = joined
+        self.counters = Counters()
+        self.ledger = Ledger()
+        self.launch: Launch | None = None
+        self.resumed_from: VersionId | None = None
+        self.max_epoch = joined.max_epoch
+        self.rank_nodes: tuple[str, ...] = (joined.node,)
+        self._client_version = client_version
+        self._link = Link(connection, settings.runtime_dir)
+        caller = Caller(self._link, settings.job, settings.reconnect_timeout_s)
+        self.saving = SaveCalls(caller, ranks.rank)
+        self.restoring = RestoreCalls(caller)
+        self.pool = Pool(
+            share=self._share, release=lambda segment: self.saving.release(segment.name), pin=register_with_gpu
+        )
+        self._failures: list[CairnError] = []
+        self._failures_lock = threading.Lock()
+        self._keep_alive = KeepAlive(
+            self._link, settings.job, joined.lease_s, reopen=self._reopen, replied=self._replied
+        )
+
+    def start(self) -> None:
+        """Start keeping the session alive."""
+        self._keep_alive.start()
+
+    def note_failures(self, failures: tuple[CairnError, ...] | list[CairnError]) -> None:
+        """Queue what went wrong in the background; a failed copy to tier 2 is logged at once, as training goes on."""
+        for failure in failures:
+            if about_tier2(failure):
+                log.warning("%s", failure)
+        with self._failures_lock:
+            self._failures += failures
+
+    def take_failure(self, *, tier2_too: bool) -> CairnError | None:
+        """The oldest queued failure, once; those of copies to tier 2 only for callers who ask about tier 2."""
+        with self._failures_lock:
+            for number, failure in enumerate(self._failures):
+                if tier2_too or not about_tier2(failure):
+                    return self._failures.pop(number)
+        return None
+
+    def forget_tier2_failures(self) -> None:
+        """A version has reached tier 2, so what kept earlier ones from it is over."""
+        with self._failures_lock:
+            self._failures = [failure for failure in self._failures if not about_tier2(failure)]
+
+    def close(self) -> None:
+        """Leave the daemon. What is sealed is finished without this process; what is not is aborted by the daemon."""
+        self._link.close()
+        self._keep_alive.join(_STOP_TIMEOUT_S)
+        self.pool.close()
+
+    def _share(self, size_bytes: int, make: Callable[[], Segment]) -> None:
+        def offered() -> tuple[str, int]:
+            segment = make()
+            return segment.name, segment.fd
+
+        self.saving.share(size_bytes, offered)
+
+    def _replied(self, reply: Alive) -> None:
+        self.note_failures(reply.failures)
+        for version in reply.settled:
+            self.ledger.drop(version)  # its buffers stay the memory tier's copy until Reserve gives them back
+
+    def _reopen(self) -> Connection:
+        """Connect to the daemon that runs now and tell it all it has to know. On the keep-alive thread."""
+        connection = Connection.open(
+            self.settings.runtime_dir, self.settings.job, self.ranks.rank, self._client_version
+        )
+        try:
+            calls = SaveCalls(Caller(Fixed(connection), self.settings.job, patience_s=0), self.ranks.rank)
+            self.joined = _join(calls, self.settings, self.ranks, self._client_version)
+            if self.launch is not None:
+                repeat_claim(calls, self.ranks, self.launch)
+            self.note_failures(tell_again(calls, self.ledger, self.pool))
+        except BaseException:
+            connection.close()
+            raise
+        self.counters.reconnects += 1
+        return connection
+
+
+def about_tier2(failure: CairnError) -> bool:
+    """Whether a background failure is of a copy to tier 2, which leaves the version itself intact."""
+    return failure.context.get("tier") == "tier2"
+
+
+def open_session(settings: ClientSettings, ranks: Ranks, client_version: str) -> Session:
+    """Connect to this node's daemon and announce the rank (collective).
+
+    Raises on **every** rank what failed on the first: :class:`UnavailableError` without a daemon,
+    :class:`ConfigurationError` when the daemon refuses the job's settings or the ranks do not agree on them.
+    """
+    connection: Connection | None = None
+    joined: Joined | None = None
+    error: CairnError | None = None
+    try:
+        connection = open_first(
+            settings.runtime_dir, settings.job, ranks.rank, client_version, settings.connect_timeout_s
+        )
+        calls = SaveCalls(Caller(Fixed(connection), settings.job, patience_s=0), ranks.rank)
+        joined = _join(calls, settings, ranks, client_version)
+    except CairnError as raised:
+        error = raised
+    try:
+        said: Mapping[str, object] = {
+            "error": error_to_json(error),
+            "settings": _agreed_settings(settings),
+            "node": joined.node if joined else "",
+            "max_epoch": joined.max_epoch if joined else 0,
+        }
+        gathered = ranks.all_gather("connecting", said, settings.collective_timeout_s)
+        if (failure := first_error(gathered)) is not None:
+            raise failure from error
+        check_same(gathered, "settings", "settings")
+        if connection is None or joined is None:
+            raise ConfigurationError("this rank has no daemon", hint="start cairnd on every node")
+    except BaseException:
+        if connection is not None:
+            connection.close()
+        raise
+    session = Session(settings, ranks, client_version, connection, joined)
+    session.max_epoch = max(item["max_epoch"] for item in gathered)
+    session.rank_nodes = tuple(item["node"] for item in gathered)
+    if joined.tier2_error and ranks.rank == session.rank_nodes.index(joined.node):
+        # The daemon goes on trying, so this is no reason to stop; but it is told where the user looks, once a node.
+        log.warning("nothing reaches tier 2 for now, saves go to tier 1 only: %s", joined.tier2_error)
+    session.start()
+    return session
+
+
+def _join(calls: SaveCalls, settings: ClientSettings, ranks: Ranks, client_version: str) -> Joined:
+    return calls.join(
+        ranks.world_size, settings.persistent_storage_path, settings.num_of_version_in_retention, client_version
+    )
+
+
+def _agreed_settings(settings: ClientSettings) -> dict[str, object]:
+    """Those that decide what all ranks do together."""
+    names = ("job", "when_no_buffer", "commit_durability", "persistent_storage_path", "enable_load", "load_path")
+    return {name: getattr(settings, name) for name in names}
+
+
+def register_with_gpu(segment: Segment) -> None:
+    """Page-lock a new segment for the GPUs of this process, until it is closed."""
+    import torch  # noqa: PLC0415 - a client that only lists versions needs no torch
+
+    if not torch.cuda.is_available():
+        return
+    from cairn.capture import pinning  # noqa: PLC0415 - as above
+
+    image = segment.image
+    if pinning.register(image):
+        segment.before_close = lambda: pinning.unregister(image)

@@ -1,0 +1,1 @@
+"""What exists: an index of the manifests, rebuilt from them at start."""

@@ -1,0 +1,1 @@
+"""Tier 2: what the bucket holds, how a version gets there, how it becomes visible."""

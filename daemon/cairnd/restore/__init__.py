@@ -1,0 +1,1 @@
+"""Reading back: what exists in which tier, and bringing it near."""

@@ -1,0 +1,121 @@
+"""``cairn status``: health and backlog in numbers, and each problem with its next step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cairn_api.v1 import admin_pb2 as pb
+from cairn_api.wire import PROTOCOL_VERSION
+from cairnd import __version__
+from cairnd.catalog.catalog import Catalog
+from cairnd.clock import Clock
+from cairnd.metrics import Metrics, value_of
+from cairnd.model import Tier, Version, VersionState
+from cairnd.replication.replicator import Replicator
+from cairnd.replication.storage import Storage
+from cairnd.session.clients import Clients
+from cairnd.session.memory import CaptureMemory
+from cairnd.session.saves import Saves
+from cairnd.tiers.local import LocalTier
+from cairnd.upkeep.keeper import Keeper
+from cairnd.workers import Workers
+
+
+class Reporter:
+    """Collects the numbers; also refreshes the gauges that only change with time."""
+
+    def __init__(
+        self,
+        node: str,
+        clock: Clock,
+        catalog: Catalog,
+        clients: Clients,
+        memory: CaptureMemory,
+        saves: Saves,
+        keeper: Keeper,
+        replicator: Replicator,
+        storage: Storage,
+        tier1: LocalTier,
+        workers: Workers,
+        metrics: Metrics,
+    ) -> None:
+        self._node = node
+        self._clock = clock
+        self._catalog = catalog
+        self._clients = clients
+        self._memory = memory
+        self._saves = saves
+        self._keeper = keeper
+        self._replicator = replicator
+        self._storage = storage
+        self._tier1 = tier1
+        self._workers = workers
+        self._metrics = metrics
+        self._started_s = clock.monotonic_s()
+        self.left_alone: list[str] = []
+        metrics.start_time_s.set(clock.now_s())
+
+    def count_verify_failure(self, tier: Tier) -> None:
+        """A copy was found damaged."""
+        self._metrics.verify_failures.labels(tier).inc()
+
+    async def refresh(self) -> tuple[int, int]:
+        """Bring the gauges of tier 1 up to date; returns its used and its free bytes."""
+        used, free = self._keeper.used_bytes(), await self._workers.run(self._tier1.free_bytes)
+        self._metrics.tier1_used_bytes.set(used)
+        self._metrics.tier1_free_bytes.set(free)
+        return used, free
+
+    async def status(self, may_see: Callable[[Version], bool] = lambda _: True) -> pb.StatusReply:
+        """Everything an operator pages on; versions are named only to a caller who *may_see* them."""
+        backlog = self._replicator.backlog()
+        health = self._storage.health.get(self._storage.default_url)
+        used, free = await self.refresh()
+        persisted = [version for version in self._catalog.versions() if version.has(Tier.TIER2) and may_see(version)]
+        newest = max(persisted, key=lambda version: (version.created_s, version.id), default="")
+        ages_s = [self._clock.now_s() - version.created_s for version in backlog]
+        saves = self._metrics.saves
+        return pb.StatusReply(
+            daemon_version=__version__,
+            node=self._node,
+            uptime_s=self._clock.monotonic_s() - self._started_s,
+            tier1_path=str(self._tier1.root),
+            tier1_used_bytes=used,
+            tier1_free_bytes=free,
+            persistent_storage_path=self._storage.default_url,
+            tier2_reachable=health is not None and health.reachable,
+            tier2_error=health.error if health is not None else "",
+            conditional_put=health is not None and health.conditional_put,
+            memory_limit_bytes=self._memory.limit_bytes,
+            memory_granted_bytes=self._memory.granted_bytes,
+            clients=len([client for client in self._clients.all() if client.job]),
+            open_versions=len(self._saves.open_saves()),
+            backlog_versions=len(backlog),
+            backlog_bytes=sum(version.size_bytes for version in backlog),
+            oldest_unpersisted_age_s=max(ages_s, default=0.0),
+            last_persisted=str(newest),
+            verify_failures=int(value_of(self._metrics.verify_failures)),
+            skipped_saves=int(value_of(saves.labels("skipped"))),
+            failed_saves=int(value_of(saves.labels("aborted"))),
+            lost_claims=int(value_of(self._metrics.lost_claims)),
+            draining=self._saves.draining,
+            protocol=PROTOCOL_VERSION,
+            problems=self._problems(may_see),
+        )
+
+    def _problems(self, may_see: Callable[[Version], bool]) -> list[str]:
+        problems = list(self.left_alone)
+        if not self._storage.default_url:
+            problems.append("no tier 2 is configured: nothing outlives this node; set persistent_storage_path")
+        for url, health in self._storage.health.items():
+            if not health.reachable and health.error:
+                problems.append(f"tier 2 at {url}: {health.error}")
+        for version in self._catalog.versions():
+            for tier, copy in version.copies.items():
+                if copy.error and version.restorable and may_see(version):
+                    problems.append(f"{version} in {tier}: {copy.error}; `cairn verify` looks at it again")
+        for job in self._catalog.jobs():
+            last = next(self._catalog.versions(job))
+            if last.state is VersionState.ABORTED and may_see(last):
+                problems.append(f"the last save of job {job} failed ({last.id}): {last.reason}")
+        return problems

@@ -1,0 +1,141 @@
+"""The Restore service: proto → call → proto."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from cairn_api.errors import ConfigurationError
+from cairn_api.names import check_job, check_tag
+from cairn_api.v1 import restore_pb2 as pb
+from cairn_api.v1 import restore_pb2_grpc
+from cairn_api.wire import STREAM_CHUNK_BYTES
+from cairnd.catalog.catalog import Catalog
+from cairnd.catalog.jobs import JobBook
+from cairnd.catalog.leases import Leases
+from cairnd.model import CopyState, Version, VersionState
+from cairnd.restore.fetcher import Fetched, Fetcher
+from cairnd.restore.inventory import Inventory
+from cairnd.rpc import convert
+from cairnd.rpc.server import translated, translated_stream
+from cairnd.session.clients import Client, Clients
+from cairnd.tiers.filesystem import FileSystem, read_exactly
+from cairnd.workers import Workers
+
+_SETTLE_S = 120.0
+"""With the bucket's own time-outs this stays well below the clients' deadline for Resolve (300 s)."""
+
+
+class RestoreService(restore_pb2_grpc.RestoreServicer):
+    """See ``restore.proto`` for why each call exists."""
+
+    def __init__(
+        self,
+        clients: Clients,
+        catalog: Catalog,
+        jobs: JobBook,
+        leases: Leases,
+        inventory: Inventory,
+        fetcher: Fetcher,
+        fs: FileSystem,
+        workers: Workers,
+    ) -> None:
+        self.clients = clients
+        self._catalog = catalog
+        self._jobs = jobs
+        self._leases = leases
+        self._inventory = inventory
+        self._fetcher = fetcher
+        self._fs = fs
+        self._workers = workers
+
+    @translated
+    async def Resolve(self, request: pb.ResolveRequest, client: Client) -> pb.ResolveReply:
+        job = check_job(request.job)
+        self._jobs.check_owner(job, client.uid, client.privileged)
+        reply = pb.ResolveReply()
+        if request.source:
+            versions, claim = await self._inventory.read_source(request.source, job)
+        else:
+            if not request.local_only:
+                reply.tier2_error = await self._inventory.refresh(job)
+            # What all ranks agreed on and is still being written will be there in a moment: better wait than step back.
+            await self._catalog.wait_until(lambda: not self._unsettled(job), _SETTLE_S)
+            versions, claim = list(self._catalog.versions(job)), self._inventory.newest_claim(job)
+            record = self._jobs.get(job)
+            if record is not None and record.epoch > (claim.epoch if claim is not None else 0):
+                reply.claimed_epoch = record.epoch
+                if record.resumed_from is not None:
+                    reply.resumed_from.CopyFrom(convert.id_to(record.resumed_from))
+        if claim is not None and not reply.claimed_epoch:
+            reply.claimed_epoch = claim.epoch
+            if claim.resumed_from is not None:
+                reply.resumed_from.CopyFrom(convert.id_to(claim.resumed_from))
+        _check_owner(client, versions)
+        for version in versions:
+            if request.tag and version.id.tag != check_tag(request.tag):
+                continue
+            if not version.restorable:
+                continue
+            if any(copy.state is CopyState.VERIFIED for copy in version.copies.values()):
+                reply.versions.append(convert.version_to(version, partitions=True))
+            else:
+                reply.unhealthy.append(convert.id_to(version.id))
+        return reply
+
+    def _unsettled(self, job: str) -> list[Version]:
+        return [version for version in self._catalog.versions(job) if version.state is VersionState.SEALED]
+
+    @translated_stream
+    async def Fetch(self, request: pb.FetchRequest, client: Client) -> AsyncIterator[pb.FetchProgress]:
+        job, version_id = check_job(request.job), convert.id_from(request.id)
+        self._jobs.check_owner(job, client.uid, client.privileged)
+        if request.source:
+            versions, _ = await self._inventory.read_source(request.source, job)
+            version = next((item for item in versions if item.id == version_id), None)
+            version = version or self._catalog.require(job, version_id)
+        else:
+            version = self._catalog.require(job, version_id)
+        _check_owner(client, [version])
+        fetch = self._fetcher.fetch(client.number, version, request.paths, source=request.source)
+        async with aclosing(fetch):  # a call that is cancelled ends its fetch now, not when it is collected
+            async for progress in fetch:
+                message = pb.FetchProgress(
+                    done_bytes=progress.done_bytes, total_bytes=progress.total_bytes, lease=progress.lease
+                )
+                if progress.tier is not None:
+                    message.from_tier = convert.tier_to(progress.tier)
+                for item in progress.ready:
+                    message.ready.add(path=item.path, tier=convert.tier_to(item.tier), size_bytes=item.size_bytes)
+                yield message
+
+    @translated_stream
+    async def Read(self, request: pb.ReadRequest, client: Client) -> AsyncIterator[pb.ReadReply]:
+        lease = self._leases.get(request.lease, client.number)
+        fd, fetched = await self._workers.run(self._fetcher.open, lease, request.path)
+        try:
+            for offset in range(0, fetched.size_bytes, STREAM_CHUNK_BYTES):
+                yield pb.ReadReply(data=await self._workers.run(self._chunk, fd, fetched, offset))
+        finally:
+            self._fs.close(fd)
+
+    def _chunk(self, fd: int, fetched: Fetched, offset: int) -> bytes:
+        chunk = bytearray(min(STREAM_CHUNK_BYTES, fetched.size_bytes - offset))
+        with memoryview(chunk) as view:
+            read_exactly(self._fs, fd, view, offset)
+        return bytes(chunk)
+
+    @translated
+    async def EndFetch(self, request: pb.EndFetchRequest, client: Client) -> pb.EndFetchReply:
+        self._fetcher.end(self._leases.get(request.lease, client.number))
+        return pb.EndFetchReply()
+
+
+def _check_owner(client: Client, versions: list[Version]) -> None:
+    # Loudly: a trainer that was told of no versions would begin from nothing.
+    others = {version.uid for version in versions} - {client.uid}
+    if others and not client.privileged:
+        raise ConfigurationError(
+            f"{versions[0].job!r} has versions of user {min(others)}, not of user {client.uid}",
+            hint="run as that user, or name another job",
+        )

@@ -1,0 +1,173 @@
+"""From sealed to durable: writes a version's captured bytes to tier 1 and publishes its manifest.
+
+One pass over the bytes makes the zip's checksums true, digests them and writes them past the page cache. The order is
+the promise: data under temporary names, synced; renamed; folders synced; then the manifest, whose presence is what
+makes the version exist; then its folder. One version is written at a time: the disk is not faster with two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from cairn_api.errors import CairnError, InternalError, SaveFailedError
+from cairnd import layout
+from cairnd.catalog.catalog import Catalog
+from cairnd.clock import Clock
+from cairnd.digests import BLOCK_BYTES, Digest, SealingPass
+from cairnd.events import EventLog
+from cairnd.manifest import NodeManifest
+from cairnd.metrics import Metrics
+from cairnd.model import CopyState, Partition, Tier, Version, VersionState
+from cairnd.session.clients import Clients
+from cairnd.session.saves import OpenSave, Received, Saves
+from cairnd.tiers.local import LocalTier
+from cairnd.workers import Workers
+
+log = logging.getLogger("cairnd")
+
+
+class Tier1Writer:
+    """Takes sealed saves and brings each to tier 1, in the order in which they were sealed."""
+
+    def __init__(
+        self,
+        node: str,
+        catalog: Catalog,
+        tier1: LocalTier,
+        workers: Workers,
+        clients: Clients,
+        clock: Clock,
+        events: EventLog,
+        metrics: Metrics,
+        *,
+        on_published: Callable[[Version], None],
+        protect: bool,
+    ) -> None:
+        self._node = node
+        self._catalog = catalog
+        self._tier1 = tier1
+        self._workers = workers
+        self._clients = clients
+        self._clock = clock
+        self._events = events
+        self._metrics = metrics
+        self._on_published = on_published
+        self._protect = protect
+        self._queue: asyncio.Queue[OpenSave] = asyncio.Queue()
+
+    def put(self, save: OpenSave) -> None:
+        """Queue a sealed save; never blocks."""
+        self._queue.put_nowait(save)
+
+    async def run(self, saves: Saves) -> None:
+        """Write what is queued, for ever. A version that fails is aborted and the rest goes on."""
+        while True:
+            save = await self._queue.get()
+            version = save.version
+            started_s = self._clock.monotonic_s()
+            self._catalog.set_copy(version, Tier.TIER1, CopyState.COPYING)
+            try:
+                version.partitions = await self._write(save)
+            except Exception as error:
+                if not isinstance(error, CairnError):
+                    log.exception("unforeseen error while writing %s", version)
+                    error = InternalError(f"{type(error).__name__}: {error}", hint="report this with the daemon's log")
+                self._fail(version, error)
+                saves.let_go(save)
+                await self._sweep(version)
+                continue
+            seconds = self._clock.monotonic_s() - started_s
+            self._metrics.stage_seconds.labels("tier1_write").observe(seconds)
+            self._metrics.stage_bytes.labels("tier1_write").inc(version.size_bytes)
+            self._metrics.saves.labels("committed").inc()
+            state = VersionState.COMMITTED if version.complete else VersionState.PREPARED
+            self._catalog.set_copy(version, Tier.TIER1, CopyState.VERIFIED, seconds=f"{seconds:.3f}")
+            self._catalog.move(version, state, bytes=version.size_bytes)
+            self._on_published(version)
+
+    async def _write(self, save: OpenSave) -> tuple[Partition, ...]:
+        version = save.version
+        partitions = []
+        for partition in save.partitions():
+            item = save.received[partition.rank, partition.name]
+            digest = item.digest or await self._workers.run(self._write_partition, item)
+            partitions.append(replace(partition, digest=digest))
+        manifest = NodeManifest.of(version, self._node, tuple(partitions))
+        await self._workers.run(self._publish, save, manifest)
+        return manifest.partitions
+
+    @staticmethod
+    def _write_partition(item: Received) -> Digest:
+        assert item.segment is not None, "a partition without a digest lies in a segment"
+        if item.writer is None:
+            raise InternalError(f"partition {item.name!r} was sealed without a place in tier 1")
+        sealing = SealingPass(item.size_bytes, item.records)
+        with item.segment.view(item.size_bytes) as view:
+            for offset in range(0, item.size_bytes, BLOCK_BYTES):
+                with view[offset : offset + BLOCK_BYTES] as block:
+                    sealing.process(block, offset)
+                    item.writer.write(block, offset)
+        item.writer.finish()
+        return sealing.finish()
+
+    def _publish(self, save: OpenSave, manifest: NodeManifest) -> None:
+        publish_version(
+            self._tier1,
+            manifest,
+            {save.path_of(item): item for item in save.received.values()},
+            protect=self._protect,
+        )
+
+    async def _sweep(self, version: Version) -> None:
+        try:
+            # The manifest may be there already, if what failed was its last sync: it goes before the data, as ever.
+            await self._workers.run(self._tier1.delete, layout.manifest(version.job, version.id))
+            await self._workers.run(self._tier1.delete_tree, layout.version_folder(version.job, version.id))
+        except CairnError as error:  # swept at the next start
+            self._events.publish("delete_failed", version.job, version.id, tier=Tier.TIER1, error=error)
+
+    def _fail(self, version: Version, error: CairnError) -> None:
+        self._metrics.stage_failures.labels("tier1_write").inc()
+        self._metrics.saves.labels("aborted").inc()
+        self._catalog.set_copy(version, Tier.TIER1, CopyState.FAILED, error.message)
+        self._catalog.set_copy(version, Tier.MEMORY, CopyState.EVICTED)
+        self._catalog.move(version, VersionState.ABORTED, f"lost before tier 1: {error.message}")
+        self._clients.fail(
+            version.job,
+            SaveFailedError(
+                f"version {version.id} was captured but lost before it reached tier 1: {error.message}",
+                hint=error.hint or "look at the daemon's log; earlier versions are intact",
+                context={"version": version.id, **error.context},
+            ),
+        )
+
+
+def publish_version(
+    tier1: LocalTier, manifest: NodeManifest, items: dict[str, Received], *, protect: bool = False
+) -> None:
+    """Give finished temporary files their names, then publish *manifest*: the one order that survives a power cut."""
+    job, version = manifest.job, manifest.id
+    keys = []
+    for path, item in items.items():
+        key = layout.partition(job, version, path)
+        if item.writer is None:
+            raise InternalError(f"partition {path!r} was never written")
+        tier1.publish(item.writer, key)
+        keys.append(key)
+    tier1.sync_folders(keys)
+    if keys:
+        tier1.hand_to_group(layout.job_folder(job), manifest.gid)
+        tier1.hand_to_group(layout.version_folder(job, version), manifest.gid, everything=True)
+    tier1.delete_tree(layout.incoming_folder(job, version))
+    tier1.put_small(layout.manifest(job, version), manifest.encode())
+    # From here the version exists: nothing that fails below may undo it. Who may read its manifest may read all of it.
+    try:
+        tier1.hand_to_group(layout.manifest(job, version), manifest.gid)
+        if protect:
+            for key in keys:
+                tier1.set_immutable(key)
+    except CairnError as error:
+        log.warning("%s/%s is published, but its files could not be handed over: %s", job, version, error)

@@ -1,0 +1,1 @@
+"""What keeps the tiers in order: recovery at start, retention, deletion."""

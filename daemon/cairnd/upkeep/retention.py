@@ -1,0 +1,105 @@
+"""Which versions a tier may let go: a pure function of what is known. No clock, no I/O, commit order only.
+
+Never chosen: a pinned or leased version; the floor (the newest version verified on all ranks in one tier) and anything
+newer; in tier 1, a version that still waits for tier 2; the last restorable version of a job, whatever the policy says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cairn_api.errors import ConfigurationError
+from cairn_api.names import VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a tier keeps of one job. ``keep_last`` newest always; the others add to it; 0 switches a rule off."""
+
+    keep_last: int
+    keep_every: int = 0
+    keep_period_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise ConfigurationError(
+                "a retention policy that keeps nothing is refused", hint="set num_of_version_in_retention to 1 or more"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A copy in the tier in question. ``waiting``: it has to stay until tier 2 has it."""
+
+    id: VersionId
+    size_bytes: int
+    created_s: float
+    protected: bool = False
+    waiting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """One copy that may go, and why."""
+
+    id: VersionId
+    size_bytes: int
+    reason: str
+
+
+def plan(held: Iterable[Held], policy: Policy, floor: VersionId | None) -> list[Eviction]:
+    """Copies that *policy* lets go, oldest first.
+
+    *floor* is the newest version that all ranks hold verified in one tier; without one nothing may go, because nothing
+    is known to be restorable.
+    """
+    newest_first = sorted(held, key=lambda item: item.id, reverse=True)
+    if floor is None:
+        return []
+    kept_by_rule = _kept(newest_first, policy)
+    evictions = [
+        Eviction(item.id, item.size_bytes, f"older than the newest {policy.keep_last}")
+        for item in newest_first
+        if item.id not in kept_by_rule and item.id < floor and not item.protected and not item.waiting
+    ]
+    return evictions[::-1]
+
+
+def _kept(newest_first: Sequence[Held], policy: Policy) -> set[VersionId]:
+    kept = {item.id for item in newest_first[: policy.keep_last]}
+    if policy.keep_every:
+        kept |= {item.id for item in newest_first if item.id.sequence % policy.keep_every == 0}
+    if policy.keep_period_s:
+        periods: dict[int, VersionId] = {}
+        for item in newest_first:  # the oldest of each period stays: it was chosen first and so never changes
+            periods[int(item.created_s // policy.keep_period_s)] = item.id
+        kept |= set(periods.values())
+    return kept
+
+
+def over_limit(
+    held: Iterable[Held], excess_bytes: int, floor: VersionId | None
+) -> tuple[list[Eviction], list[VersionId]]:
+    """What must go when tier 1 is *excess_bytes* too large: ``(evictions, claims lost)``, oldest first.
+
+    First copies that do not wait for tier 2, whatever the policy would keep; then the oldest waiting ones lose their
+    claim. The newest complete version (the floor), anything newer, pins and explicit requests stay.
+    """
+    evictions: list[Eviction] = []
+    lost: list[VersionId] = []
+    candidates = [
+        item
+        for item in sorted(held, key=lambda item: item.id)
+        if floor is not None and item.id < floor and not item.protected
+    ]
+    for waiting in (False, True):
+        for item in candidates:
+            if excess_bytes <= 0:
+                return evictions, lost
+            if item.waiting is waiting:
+                evictions.append(Eviction(item.id, item.size_bytes, "tier 1 is at its limit"))
+                excess_bytes -= item.size_bytes
+                if waiting:
+                    lost.append(item.id)
+    return evictions, lost

@@ -1,0 +1,126 @@
+"""Re-reads copies and says what is wrong with them. Independent of the write path: it is the judge of every crash test.
+
+Quick: manifests and sizes. Deep: every digest of every copy. The functions block, read a bounded amount of memory at a
+time, need no running daemon and change nothing; setting damaged copies aside is the caller's decision.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from awscrt import checksums
+
+from cairn_api.errors import CairnError
+from cairn_api.names import VersionId
+from cairnd import layout
+from cairnd.digests import BLOCK_BYTES
+from cairnd.manifest import NodeManifest
+from cairnd.model import Partition, Tier, Version
+from cairnd.replication.bucket import BucketRepository, Verdict
+from cairnd.tiers.filesystem import FileSystem, read_exactly
+from cairnd.tiers.local import LocalTier
+
+ReadBlock = Callable[[int, memoryview], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as its manifest says. ``path`` is empty when it concerns the whole copy."""
+
+    job: str
+    id: VersionId
+    tier: Tier
+    path: str
+    problem: str
+
+
+def check_tier1(
+    tier1: LocalTier, fs: FileSystem, version: Version, *, deep: bool, progress: Callable[[int], None]
+) -> Iterator[Finding]:
+    """Findings about the tier 1 copy of *version*; *progress* is told bytes as they are read."""
+
+    def finding(path: str, problem: str) -> Finding:
+        return Finding(version.job, version.id, Tier.TIER1, path, problem)
+
+    key = layout.manifest(version.job, version.id)
+    try:
+        manifest = NodeManifest.decode(tier1.read_small(key), key)
+    except CairnError as error:
+        yield finding("", error.message)
+        return
+    if (manifest.job, manifest.id) != (version.job, version.id):
+        yield finding("", f"its manifest describes {manifest.job}/{manifest.id}")
+    for partition in manifest.partitions:
+        data_key = layout.partition(version.job, version.id, partition.path)
+        try:
+            size_bytes = tier1.identity(data_key).size_bytes
+            if size_bytes != partition.size_bytes:
+                yield finding(partition.path, f"it has {size_bytes} bytes, the manifest says {partition.size_bytes}")
+            elif deep:
+                fd = tier1.open_read(data_key)
+                try:
+                    problem = _compare(partition, _reader(fs, fd), progress)
+                finally:
+                    fs.close(fd)
+                if problem:
+                    yield finding(partition.path, problem)
+        except CairnError as error:
+            yield finding(partition.path, error.message)
+
+
+def check_tier2(
+    bucket: BucketRepository, version: Version, *, deep: bool, progress: Callable[[int], None]
+) -> Iterator[Finding]:
+    """Findings about the bucket's copy of *version*: decision, node manifests, sizes; deep: bytes."""
+
+    def finding(path: str, problem: str) -> Finding:
+        return Finding(version.job, version.id, Tier.TIER2, path, problem)
+
+    try:
+        decision = bucket.decision(version.job, version.id)
+        if decision is None or decision.verdict is not Verdict.COMMITTED:
+            yield finding("", f"its decision key says {decision.verdict if decision else 'nothing'}")
+            return
+        manifests = bucket.committed(version.job, version.id, decision)
+    except CairnError as error:
+        yield finding("", error.message)
+        return
+    for partition in {item.path: item for manifest in manifests for item in manifest.partitions}.values():
+        key = layout.Bucket.partition(version.job, version.id, partition.path)
+        try:
+            info = bucket.store.info(key)
+            if info is None:
+                yield finding(partition.path, "it is missing")
+            elif info.size_bytes != partition.size_bytes:
+                yield finding(
+                    partition.path, f"it has {info.size_bytes} bytes, the manifest says {partition.size_bytes}"
+                )
+            elif deep:
+                problem = _compare(partition, partial(bucket.store.read_into, key), progress)
+                if problem:
+                    yield finding(partition.path, problem)
+        except CairnError as error:
+            yield finding(partition.path, error.message)
+
+
+def _reader(fs: FileSystem, fd: int) -> ReadBlock:
+    return lambda offset, block: read_exactly(fs, fd, block, offset)
+
+
+def _compare(partition: Partition, read: ReadBlock, progress: Callable[[int], None]) -> str:
+    """What is wrong with the bytes that *read* delivers; empty if nothing. Lets Cairn's errors pass."""
+    assert partition.digest is not None, "manifests state digests"
+    view = memoryview(mmap.mmap(-1, BLOCK_BYTES))  # not closed here: an error on its way up may hold a view of it
+    for number, offset in enumerate(range(0, partition.size_bytes, BLOCK_BYTES)):
+        block = view[: min(BLOCK_BYTES, partition.size_bytes - offset)]
+        try:
+            read(offset, block)
+        except OSError as error:
+            return f"block {number} cannot be read: {error.strerror or error}"
+        if checksums.crc64nvme(block) != partition.digest.blocks[number]:
+            return f"block {number} does not match its digest"
+        progress(len(block))
+    return ""

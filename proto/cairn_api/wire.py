@@ -1,0 +1,26 @@
+"""Constants of the protocol that both ends must agree on."""
+
+from __future__ import annotations
+
+PROTOCOL_VERSION = 1
+"""Raised when an older peer would misunderstand a newer one; a daemon refuses any other number, naming both."""
+
+GRPC_SOCKET_NAME = "cairnd.sock"
+SIDE_SOCKET_NAME = "side.sock"
+DEFAULT_RUNTIME_DIR = "/run/cairn"
+
+TOKEN_METADATA = "cairn-token"  # noqa: S105 - the name of a header, not a secret
+ERROR_METADATA = "cairn-error-bin"
+
+SIDE_PACKET_BYTES = 64 * 1024
+"""Largest side-socket message; every message is one JSON object."""
+
+MAX_MESSAGE_BYTES = 32 * 1024 * 1024
+"""Largest gRPC message either side accepts: a record table of about a million tensors, never bulk data."""
+
+STREAM_CHUNK_BYTES = 2 * 1024 * 1024
+"""Bytes per message of a partition sent as a stream; larger messages were measured slower."""
+
+PAGE_BYTES = 4096
+SEGMENT_ALIGNMENT_BYTES = 2 * 1024 * 1024
+"""Shared buffers are rounded up to this, so that they can be backed by huge pages."""

@@ -1,0 +1,144 @@
+"""Which buffer a partition gets, on real segments and a budget that refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from cairn.transport.pool import Pool
+from cairn.transport.shared_memory import Segment
+from cairn_api.errors import ConfigurationError, OverloadedError, SaveFailedError
+from cairn_api.names import VersionId
+
+MIB = 1 << 20
+ONE, TWO, THREE = (VersionId(1, number, "t") for number in (1, 2, 3))
+
+
+@dataclass
+class Budget:
+    """The daemon's side: counts granted bytes, refuses beyond the limit."""
+
+    limit_bytes: int = 64 * MIB
+    granted: dict[str, int] = field(default_factory=dict)
+
+    def share(self, size_bytes: int, make: Callable[[], Segment]) -> None:
+        if sum(self.granted.values()) + size_bytes > self.limit_bytes:
+            raise OverloadedError("the budget is spent")
+        self.granted[make().name] = size_bytes
+
+    def release(self, segment: Segment) -> None:
+        del self.granted[segment.name]
+
+
+@pytest.fixture
+def budget() -> Budget:
+    return Budget()
+
+
+@pytest.fixture
+def pool(budget: Budget) -> Iterator[Pool]:
+    made = Pool(share=budget.share, release=budget.release)
+    yield made
+    made.close()
+
+
+def test_the_buffer_of_the_same_partition_is_preferred(pool: Pool) -> None:
+    model = pool.acquire(ONE, "model", 3 * MIB)
+    optim = pool.acquire(ONE, "optim", 3 * MIB)
+    assert pool.free([model, optim]) == {ONE}
+    assert pool.acquire(TWO, "optim", 3 * MIB) == optim
+    assert pool.acquire(TWO, "model", 4 * MIB) == model
+
+
+def test_an_owned_buffer_is_never_given_out(pool: Pool) -> None:
+    first = pool.acquire(ONE, "model", MIB)
+    second = pool.acquire(TWO, "model", MIB)
+    assert first != second
+    assert pool.free([first]) == {ONE}
+    assert pool.free([first, "unknown"]) == set(), "freed once"
+    assert pool.acquire(THREE, "model", MIB) == first
+
+
+def test_a_version_is_over_when_its_last_buffer_is_free(pool: Pool) -> None:
+    first = pool.acquire(ONE, "a", MIB)
+    second = pool.acquire(ONE, "b", MIB)
+    assert pool.free([first]) == set()
+    assert pool.free([second]) == {ONE}
+
+
+def test_a_small_partition_does_not_take_the_large_buffer(pool: Pool) -> None:
+    large = pool.acquire(ONE, "model", 16 * MIB)
+    pool.free([large])
+    small = pool.acquire(TWO, "scalars", 1000)
+    assert small != large
+    assert pool.acquire(TWO, "model", 16 * MIB) == large
+
+
+def test_a_state_that_has_grown_replaces_its_buffer_within_the_budget(pool: Pool, budget: Budget) -> None:
+    budget.limit_bytes = 10 * MIB
+    old = pool.acquire(ONE, "model", 6 * MIB)
+    pool.free([old])
+    new = pool.acquire(TWO, "model", 8 * MIB)
+    assert budget.granted == {new: 8 * MIB}
+
+
+def test_with_the_budget_spent_a_buffer_too_large_is_better_than_none(pool: Pool, budget: Budget) -> None:
+    budget.limit_bytes = 16 * MIB
+    large = pool.acquire(ONE, "model", 16 * MIB)
+    pool.free([large])
+    assert pool.acquire(TWO, "scalars", 1000) == large
+
+
+def test_a_spent_budget_is_an_error_and_loses_no_buffer(pool: Pool, budget: Budget) -> None:
+    budget.limit_bytes = 4 * MIB
+    held = pool.acquire(ONE, "model", 4 * MIB)
+    with pytest.raises(OverloadedError):
+        pool.acquire(TWO, "model", 4 * MIB)
+    assert pool.segment(held).size_bytes == 4 * MIB
+
+
+def test_a_new_daemon_leaves_only_what_holds_something(pool: Pool) -> None:
+    kept = pool.acquire(ONE, "model", MIB)
+    free = pool.acquire(TWO, "model", MIB)
+    gone = pool.acquire(THREE, "model", MIB)
+    pool.free([free])
+    pool.keep_only([ONE])
+    assert [segment.name for segment in pool.owned_by(ONE)] == [kept]
+    for name in (free, gone):
+        with pytest.raises(SaveFailedError):
+            pool.segment(name)
+    assert pool.acquire(TWO, "model", MIB) not in (free, gone)
+
+
+def test_a_buffer_made_while_the_daemon_was_replaced_is_made_again(budget: Budget) -> None:
+    shared: list[str] = []
+
+    def share(size_bytes: int, make: Callable[[], Segment]) -> None:
+        shared.append(make().name)
+        if len(shared) == 1:
+            replaced.keep_only([])  # what a reconnect on the other thread does
+        budget.share(size_bytes, make)
+
+    replaced = Pool(share=share, release=budget.release)
+    try:
+        name = replaced.acquire(ONE, "model", MIB)
+        assert len(shared) == 2
+        assert name == shared[1]
+    finally:
+        replaced.close()
+
+
+def test_a_buffer_made_while_the_client_closes_is_let_go(budget: Budget) -> None:
+    made: list[Segment] = []
+
+    def share(size_bytes: int, make: Callable[[], Segment]) -> None:
+        made.append(make())
+        budget.share(size_bytes, make)
+        closing.close()
+
+    closing = Pool(share=share, release=budget.release)
+    with pytest.raises(ConfigurationError, match="closed"):
+        closing.prepare_spare("model", MIB, 1)
+    assert [segment.fd for segment in made] == [-1]

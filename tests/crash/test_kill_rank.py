@@ -1,0 +1,157 @@
+"""kill -9 of ranks: in mid-copy nothing remains, after commit nothing is lost, before commit the others are told."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cairnd.replication.bucket import BucketRepository
+from cairnd.tiers.filesystem import OsFileSystem
+from cairnd.tiers.local import LocalTier
+from cairnd.tiers.stores import open_store
+from cairnd.upkeep import recovery, verifier
+from tests.crash import faulty_daemon, oracle, ranks
+from tests.crash.trainer import JOB, Trainer, Trainers
+from tests.daemon_process import DaemonProcess
+
+BIG_BYTES = 512 * 1024 * 1024
+ROUNDS = 5
+_EARLY, _LATE = 1024 * 1024, BIG_BYTES * 7 // 8
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
+    with DaemonProcess(tmp_path, lease_s=2.0) as started:
+        yield started
+
+
+def test_a_rank_killed_in_mid_copy_leaves_nothing(
+    tmp_path: Path, daemon: DaemonProcess, trainers: Trainers, figures: Callable[[str], None]
+) -> None:
+    ranks.status(daemon)  # opens whatever the daemon opens once
+    before = ranks.descriptors(daemon.pid)
+    in_the_middle = 0
+    for _ in range(ROUNDS):
+        rank = trainers.start(ranks.save_big, str(daemon.runtime_dir), str(tmp_path / "diary"), BIG_BYTES)
+        in_the_middle += _stop_in_mid_copy(daemon, rank)
+        assert ranks.status(daemon).memory_granted_bytes >= BIG_BYTES
+        rank.kill9()
+        _wait_for_everything_back(daemon, before)
+    figures(f"kills of a rank in mid-copy: {ROUNDS} kills, {in_the_middle} with half a state copied, all returned")
+    assert in_the_middle, "no kill came in the middle of a copy"
+    assert daemon.log.count("version_aborted") == ROUNDS
+    assert oracle.examine(daemon.tier1_path, JOB) == oracle.Found((), {}, ())
+
+
+def test_a_rank_stopped_in_mid_copy_loses_its_lease_and_is_told(
+    tmp_path: Path, daemon: DaemonProcess, trainers: Trainers
+) -> None:
+    rank = trainers.start(ranks.save_big, str(daemon.runtime_dir), str(tmp_path / "diary"), BIG_BYTES)
+    _stop_in_mid_copy(daemon, rank)
+    ranks.wait_until(lambda: "version_aborted" in daemon.log, "the silent rank's save is aborted")
+    assert "was silent for more than 2 s" in daemon.log
+    rank.send(signal.SIGCONT)
+    assert rank.end() == 0
+    (failed,) = oracle.Diary.read(tmp_path / "diary").failed
+    assert "was silent for more than 2 s" in failed
+    assert oracle.examine(daemon.tier1_path, JOB).listed == ()
+
+
+def test_a_rank_killed_between_two_partitions_leaves_nothing(
+    tmp_path: Path, daemon: DaemonProcess, trainers: Trainers
+) -> None:
+    ranks.status(daemon)
+    before = ranks.descriptors(daemon.pid)
+    diary_path = tmp_path / "diary"
+    rank = trainers.start(ranks.seal_one_of_two, str(daemon.runtime_dir), str(diary_path))
+    ranks.wait_until(lambda: bool(oracle.Diary.read(diary_path).tried), "one partition is sealed", trainer=rank)
+    assert ranks.status(daemon).open_versions == 1
+    rank.kill9()
+    _wait_for_everything_back(daemon, before)
+    assert "ended before commit" in daemon.log
+    assert oracle.examine(daemon.tier1_path, JOB).listed == ()
+
+
+def test_all_ranks_killed_right_after_commit(
+    tmp_path: Path, trainers: Trainers, figures: Callable[[str], None]
+) -> None:
+    diary_path = tmp_path / "diary"
+    with DaemonProcess(
+        tmp_path, environment=faulty_daemon.environment(), program=faulty_daemon.program("slow_disk")
+    ) as daemon:
+        started = [
+            trainers.start(
+                ranks.commit_and_die, rank, str(tmp_path / "meeting"), str(daemon.runtime_dir), str(diary_path)
+            )
+            for rank in range(2)
+        ]
+        for trainer in started:
+            assert trainer.end(60) == -signal.SIGKILL, trainer.log
+        first, last = sorted(oracle.Diary.read(diary_path).promised)
+        unfinished = last not in oracle.examine(daemon.tier1_path, JOB).listed
+        ranks.wait_until(lambda: f"copy_verified {JOB}/{last} tier=tier2" in daemon.log, f"{last} is persisted", 60)
+        daemon.kill9()
+        fs = OsFileSystem()
+        tier = LocalTier(fs, daemon.tier1_path)
+        by_id = {version.id: version for version in recovery.scan(tier).versions}
+        bucket = BucketRepository(open_store(f"file://{daemon.bucket_path}", {}), recovery.identify(tier))
+        for version in (by_id[first], by_id[last]):
+            assert version.complete
+            assert not list(verifier.check_tier1(tier, fs, version, deep=True, progress=lambda _: None))
+            assert not list(verifier.check_tier2(bucket, version, deep=True, progress=lambda _: None))
+    assert unfinished, "the version was in tier 1 before the ranks had died: this run proved nothing"
+    figures("kills of both ranks right after commit: finished in tier 1 and persisted without them")
+
+
+def test_one_of_two_ranks_killed_before_commit(tmp_path: Path, daemon: DaemonProcess, trainers: Trainers) -> None:
+    ranks.status(daemon)
+    before = ranks.descriptors(daemon.pid)
+    diary_path = tmp_path / "diary-0"
+    arguments = (str(tmp_path / "meeting"), str(daemon.runtime_dir))
+    survivor = trainers.start(ranks.save_and_lose_the_other, 0, *arguments, str(diary_path))
+    victim = trainers.start(ranks.save_and_lose_the_other, 1, *arguments, str(tmp_path / "diary-1"))
+    ranks.wait_until(
+        lambda: bool(oracle.Diary.read(tmp_path / "diary-1").tried), "both ranks have saved", 60, trainer=victim
+    )
+    victim.kill9()
+    assert survivor.end(30) == 0, survivor.log
+    (failed,) = oracle.Diary.read(diary_path).failed
+    assert "rank" in failed
+    _wait_for_everything_back(daemon, before)
+    assert "version_aborted" in daemon.log
+    assert oracle.examine(daemon.tier1_path, JOB).listed == ()
+    again = trainers.start(ranks.save_once, str(daemon.runtime_dir), str(tmp_path / "diary-2"), "again")
+    assert again.end() == 0, again.log
+    assert [version.tag for version in oracle.examine(daemon.tier1_path, JOB).listed] == ["again"]
+
+
+def _stop_in_mid_copy(daemon: DaemonProcess, rank: Trainer) -> bool:
+    """SIGSTOP a rank once its state begins to appear in the shared buffer; whether the rest was not there yet."""
+
+    def begun() -> list[Path]:
+        return [path for path in ranks.capture_buffers(daemon.pid) if ranks.byte_at(path, _EARLY)]
+
+    ranks.wait_until(lambda: bool(begun()), "the state appears in the buffer", trainer=rank)
+    rank.send(signal.SIGSTOP)
+    return all(ranks.byte_at(path, _LATE) == 0 for path in begun())
+
+
+def _wait_for_everything_back(daemon: DaemonProcess, descriptors: list[str]) -> None:
+    """Granted bytes, buffers and descriptors of dead ranks return to the pool, and no save stays open."""
+
+    def kept() -> tuple[int, int, list[str]]:
+        now = ranks.status(daemon)
+        # The sockets of this very question come and go.
+        more = Counter(ranks.descriptors(daemon.pid)) - Counter(descriptors)
+        return now.memory_granted_bytes, now.open_versions, [what for what in more.elements() if "socket" not in what]
+
+    ranks.wait_until(lambda: kept() == (0, 0, []), "everything returns to the pool", describe=kept)
+    ranks.wait_until(
+        lambda: len(ranks.descriptors(daemon.pid)) <= len(descriptors),
+        "no socket stays open",
+        describe=lambda: ranks.descriptors(daemon.pid),
+    )

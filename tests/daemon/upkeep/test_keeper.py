@@ -1,0 +1,316 @@
+"""Retention in a real daemon with real tiers, on a clock that the test owns."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from cairn_api.errors import ConfigurationError, OverloadedError, UnavailableError
+from cairn_api.names import VersionId
+from cairnd import layout
+from cairnd.model import CopyState, Tier, VersionState
+from cairnd.replication.bucket import BucketRepository, Verdict
+from cairnd.upkeep.keeper import Deletion
+from tests.daemon.conftest import MakeLab
+from tests.daemon.lab import JOB, Lab, Rank, eventually, gone
+
+
+def held(lab: Lab, tier: Tier) -> list[int]:
+    """Sequences of the versions that *tier* holds, newest first."""
+    return [version.id.sequence for version in lab.app.catalog.versions(JOB) if version.has(tier)]
+
+
+async def saved(lab: Lab, count: int, *, persist: bool = False) -> list[VersionId]:
+    (rank,) = await Rank.launch(lab)
+    versions = []
+    for _ in range(count):
+        versions.append(await rank.save(persist=persist))
+        if persist:
+            await lab.reaches(versions[-1], Tier.TIER2)
+    return versions
+
+
+async def test_the_newest_n_stay_in_tier1(make_lab: MakeLab) -> None:
+    lab = await make_lab(num_of_version_in_retention=3)
+    versions = await saved(lab, 6)
+    await eventually(lambda: held(lab, Tier.TIER1) == [6, 5, 4])
+    await eventually(lambda: gone(lab, versions[2]))
+    assert not gone(lab, versions[3])
+    assert lab.app.catalog.get(JOB, versions[0]) is None  # nothing is left of it anywhere
+
+
+async def test_a_jobs_own_number_counts(lab: Lab) -> None:
+    rank = await Rank.join(lab, keep=4)
+    await rank.claim()
+    for _ in range(7):
+        await rank.save()
+    await eventually(lambda: held(lab, Tier.TIER1) == [7, 6, 5, 4])
+
+
+async def test_what_waits_for_tier2_stays_until_it_is_there(make_lab: MakeLab) -> None:
+    lab = await make_lab(run=False, num_of_version_in_retention=1)
+    (rank,) = await Rank.launch(lab)
+    writer = asyncio.ensure_future(lab.app.writer.run(lab.app.saves))
+    flagged = await rank.save(persist=True)
+    for _ in range(3):
+        await rank.save()
+    await eventually(lambda: held(lab, Tier.TIER1) == [4, 1])
+    writer.cancel()
+    lab.go()
+    await lab.reaches(flagged, Tier.TIER2)
+    await eventually(lambda: held(lab, Tier.TIER1) == [4])
+    assert lab.version(flagged).state is VersionState.COMMITTED  # tier 2 still has it
+
+
+async def test_the_floor_is_what_ranks_agreed_and_never_less(make_lab: MakeLab) -> None:
+    """World of two nodes: this one holds newer versions, but only version 1 is on both."""
+    lab = await make_lab(num_of_version_in_retention=1, bucket=False)
+    rank = (await Rank.launch(lab, world_size=2))[0]
+    versions = []
+    for _ in range(3):
+        version = rank.next()
+        rank.create(version)
+        rank.seal(version, "a", b"x")
+        await rank.prepare(version, ["a"])
+        rank.commit(version)
+        await lab.reaches(version, Tier.TIER1)
+        versions.append(version)
+    assert lab.version(versions[0]).state is VersionState.PREPARED
+    await lab.app.keeper.apply(JOB)
+    assert held(lab, Tier.TIER1) == [3, 2, 1]
+    lab.app.keeper.set_floor(JOB, versions[1])
+    lab.app.keeper.set_floor(JOB, versions[0])  # an older answer does not lower it
+    assert lab.app.keeper.floor(JOB) == versions[1]
+    await lab.app.keeper.apply(JOB)
+    assert held(lab, Tier.TIER1) == [3, 2]
+
+
+async def test_a_pin_survives_everything_but_unpin(make_lab: MakeLab) -> None:
+    lab = await make_lab(num_of_version_in_retention=1)
+    (rank,) = await Rank.launch(lab)
+    pinned = await rank.save(persist=True)
+    await lab.reaches(pinned, Tier.TIER2)
+    assert await lab.app.keeper.pin(lab.version(pinned), "paper", pinned=True)
+    assert not await lab.app.keeper.pin(lab.version(pinned), "paper", pinned=True)
+    for _ in range(3):
+        await lab.reaches(await rank.save(persist=True), Tier.TIER2)
+    await lab.app.keeper.apply(JOB)
+    assert held(lab, Tier.TIER1) == [4, 1]
+    assert held(lab, Tier.TIER2) == [4, 1]
+    with pytest.raises(ConfigurationError, match="pinned"):
+        lab.app.keeper.plan_version(lab.version(pinned))
+    await lab.restart()
+    await lab.reaches(pinned, Tier.TIER2)
+    assert lab.version(pinned).pinned
+    assert await lab.app.keeper.pin(lab.version(pinned), "", pinned=False)
+    await lab.app.inventory.refresh(JOB)
+    assert not lab.version(pinned).pinned
+    await lab.app.keeper.apply(JOB)
+    await eventually(lambda: held(lab, Tier.TIER1) == [4] and held(lab, Tier.TIER2) == [4])
+
+
+async def test_a_pin_holds_without_the_bucket_and_unpinning_needs_it(make_lab: MakeLab) -> None:
+    lab = await make_lab()
+    (version,) = await saved(lab, 1)
+    bucket = await lab.bucket()
+
+    def fails(*_: object) -> None:
+        raise UnavailableError("the bucket is away")
+
+    bucket.pin = bucket.unpin = fails  # type: ignore[method-assign, assignment]
+    assert await lab.app.keeper.pin(lab.version(version), "", pinned=True)
+    assert lab.version(version).pinned
+    with pytest.raises(UnavailableError):
+        await lab.app.keeper.pin(lab.version(version), "", pinned=False)
+    assert lab.version(version).pinned
+    await lab.restart()
+    assert lab.version(version).pinned
+
+
+async def test_prune_does_exactly_what_its_dry_run_says(make_lab: MakeLab) -> None:
+    lab = await make_lab(num_of_version_in_retention=5)
+    await saved(lab, 5, persist=True)
+    keeper = lab.app.keeper
+    await asyncio.gather(*lab.app._tasks)  # the daemon tidies by itself after each save
+    keeper._settings = lab.settings.__class__(
+        **{
+            name: getattr(lab.settings, name)
+            for name in lab.settings.__slots__
+            if name != "num_of_version_in_retention"
+        },
+        num_of_version_in_retention=2,
+    )
+    said = keeper.plan(JOB)
+    assert keeper.plan(JOB) == said
+    assert held(lab, Tier.TIER1) == held(lab, Tier.TIER2) == [5, 4, 3, 2, 1]
+    assert {(item.version.id.sequence, item.tier) for item in said} == {
+        (number, tier) for number in (1, 2, 3) for tier in (Tier.TIER1, Tier.TIER2)
+    }
+    assert await keeper.apply(JOB) == said
+    assert held(lab, Tier.TIER1) == held(lab, Tier.TIER2) == [5, 4]
+    assert keeper.plan(JOB) == []
+
+
+async def test_tier2_keeps_its_own_numbers(make_lab: MakeLab) -> None:
+    lab = await make_lab(
+        num_of_version_in_retention=1, tier2_num_of_version_in_retention=2, tier2_keep_every=3, tier2_delete_grace_s=0.0
+    )
+    await saved(lab, 7, persist=True)
+    await lab.app.keeper.apply(JOB)
+    assert held(lab, Tier.TIER1) == [7]
+    assert held(lab, Tier.TIER2) == [7, 6, 3]
+
+
+async def test_deletion_in_tier2_is_tombstone_then_grace_then_data(make_lab: MakeLab) -> None:
+    lab = await make_lab(num_of_version_in_retention=1, tier2_delete_grace_s=60.0)
+    first, _ = await saved(lab, 2, persist=True)
+    await lab.app.keeper.apply(JOB)
+    bucket = await lab.bucket()
+    decision = bucket.decision(JOB, first)
+    assert decision is not None
+    assert decision.verdict is Verdict.DELETED
+    assert not decision.swept
+    data = lab.object(first, "model.pt")
+    assert data.exists()
+    reader = lab.app.clients.connect(0, 0, 1)
+    lease = lab.app.leases.take(reader.number, JOB, first)  # a restore that began just before
+    lab.clock.advance(120)
+    await lab.settle()
+    assert data.exists()
+    lab.app.leases.end(lease)
+    await lab.passes(lambda: not data.exists())
+    await eventually(lambda: lab.events("tier2_data_deleted"))
+    decision = bucket.decision(JOB, first)
+    assert decision is not None
+    assert (decision.verdict, decision.swept) == (Verdict.DELETED, True)  # the key stays for ever
+    assert not (lab.bucket_path / JOB / str(first)).exists()
+
+
+async def test_the_grace_is_kept(make_lab: MakeLab) -> None:
+    lab = await make_lab(num_of_version_in_retention=1, tier2_delete_grace_s=60.0)
+    first, _ = await saved(lab, 2, persist=True)
+    await lab.app.keeper.apply(JOB)
+    passed_s = await lab.passes(lambda: not lab.object(first, "model.pt").exists())
+    assert passed_s >= 60
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_crash_between_tombstone_and_sweep_is_made_good(make_lab: MakeLab, again: bool) -> None:
+    lab = await make_lab(num_of_version_in_retention=1, tier2_delete_grace_s=60.0)
+    first, _ = await saved(lab, 2, persist=True)
+    await lab.app.keeper.apply(JOB)
+    await lab.restart()
+    if again:
+        await lab.restart()
+    assert lab.object(first, "model.pt").exists()
+    await eventually(lambda: lab.app.keeper._sweeps)
+    await lab.passes(lambda: not lab.object(first, "model.pt").exists())
+    assert lab.app.catalog.get(JOB, first) is None
+
+
+async def test_a_sweep_that_fails_is_tried_again(make_lab: MakeLab) -> None:
+    lab = await make_lab(num_of_version_in_retention=1, tier2_delete_grace_s=5.0)
+    first, _ = await saved(lab, 2, persist=True)
+    bucket = await lab.bucket()
+    real, calls = bucket.delete_data, 0
+
+    def fails_once(job: str, version: VersionId) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise UnavailableError("the bucket is away")
+        real(job, version)
+
+    bucket.delete_data = fails_once  # type: ignore[method-assign]
+    await lab.app.keeper.apply(JOB)
+    await lab.passes(lambda: not lab.object(first, "model.pt").exists())
+    assert calls == 2
+    assert lab.events("delete_failed")
+
+
+async def test_a_tombstone_that_cannot_be_put_leaves_the_version_as_it_was(make_lab: MakeLab) -> None:
+    lab = await make_lab(num_of_version_in_retention=1)
+    first, second = await saved(lab, 2, persist=True)
+    await eventually(lambda: held(lab, Tier.TIER1) == [2])
+    await eventually(lambda: held(lab, Tier.TIER2) == [2])
+    bucket: BucketRepository = await lab.bucket()
+    assert first != second
+
+    def fails(*_: object) -> None:
+        raise UnavailableError("the bucket is away")
+
+    bucket.mark_deleted = fails  # type: ignore[method-assign, assignment]
+    version = lab.version(second)
+    lab.app.catalog.set_copy(version, Tier.TIER1, CopyState.EVICTED)
+    assert await lab.app.keeper.delete([_deletion(lab, second)]) == []
+    assert version.state is VersionState.COMMITTED
+    assert version.has(Tier.TIER2)
+
+
+def _deletion(lab: Lab, version: VersionId) -> Deletion:
+    return Deletion(lab.version(version), Tier.TIER2, "asked for")
+
+
+async def test_asking_for_one_version(make_lab: MakeLab) -> None:
+    lab = await make_lab(num_of_version_in_retention=3)
+    first, second = await saved(lab, 2, persist=True)
+    await lab.settle()
+    plan = lab.app.keeper.plan_version(lab.version(second))
+    assert [item.tier for item in plan] == [Tier.TIER1, Tier.TIER2]
+    assert await lab.app.keeper.delete(plan) == plan
+    assert gone(lab, second)
+    with pytest.raises(ConfigurationError, match="only version"):
+        lab.app.keeper.plan_version(lab.version(first))
+
+
+async def test_at_the_byte_limit_the_oldest_waiting_version_loses_its_claim(make_lab: MakeLab) -> None:
+    lab = await make_lab(
+        run=False, tier1_limit_bytes=35_000, num_of_version_in_retention=10, capture_memory_bytes=1 << 20
+    )
+    writer = asyncio.ensure_future(lab.app.writer.run(lab.app.saves))
+    (rank,) = await Rank.launch(lab)
+    waiting = await rank.save({"a": bytes(10_000)}, persist=True)
+    asked = await rank.save({"a": bytes(10_000)})
+    await lab.app.persistence.request(lab.version(asked))
+    plain = await rank.save({"a": bytes(10_000)})
+    newest = await rank.save({"a": bytes(10_000)}, persist=True)  # the one that waits goes last
+    assert [event.version for event in lab.events("claim_lost")] == [str(waiting)]
+    assert held(lab, Tier.TIER1) == [newest.sequence, plain.sequence, asked.sequence]
+    after = await rank.save({"a": bytes(10_000)})
+    assert held(lab, Tier.TIER1) == [after.sequence, newest.sequence, asked.sequence]
+    with pytest.raises(OverloadedError):  # the request and the floor stay
+        await rank.save({"a": bytes(30_000)})
+    assert lab.app.metrics.lost_claims._value.get() == 1
+    writer.cancel()
+
+
+async def test_links_go_before_the_version_and_only_its_own(make_lab: MakeLab, tmp_path: Path) -> None:
+    lab = await make_lab(num_of_version_in_retention=1)
+    (rank,) = await Rank.launch(lab)
+    save_dir = tmp_path / "save_dir"
+    version = await rank.save({"a.pt": b"x", "b.pt": b"y", "c.pt": b"z"}, tag="step", save_dir=str(save_dir))
+    folder = save_dir / "step"
+    folder.mkdir(parents=True)
+    (folder / "a.pt").symlink_to(lab.file(version, "a.pt"))
+    (folder / "b.pt").symlink_to("/etc/hostname")
+    (folder / "c.pt").write_text("the user's own")
+    await rank.save()
+    await eventually(lambda: gone(lab, version))
+    assert not (folder / "a.pt").is_symlink()
+    assert (folder / "b.pt").is_symlink()
+    assert (folder / "c.pt").read_text() == "the user's own"
+
+
+async def test_nothing_depends_on_the_wall_clock(make_lab: MakeLab) -> None:
+    lab = await make_lab(num_of_version_in_retention=2)
+    (rank,) = await Rank.launch(lab)
+    versions = []
+    for jump_s in (0, 1e9, -3e9, 5e8):
+        lab.clock.jump(jump_s)
+        versions.append(await rank.save(persist=True))
+        await lab.reaches(versions[-1], Tier.TIER2)
+    await lab.app.keeper.apply(JOB)
+    assert held(lab, Tier.TIER1) == held(lab, Tier.TIER2) == [4, 3]
+    assert layout.version_folder(JOB, versions[3])
