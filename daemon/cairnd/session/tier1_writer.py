@@ -161,13 +161,20 @@ def publish_version(
     if keys:
         tier1.hand_to_group(layout.job_folder(job), manifest.gid)
         tier1.hand_to_group(layout.version_folder(job, version), manifest.gid, everything=True)
+    if protect:
+        _protect(tier1, keys)  # before the manifest: who sees that looks at once whether links to the files are safe
     tier1.delete_tree(layout.incoming_folder(job, version))
     tier1.put_small(layout.manifest(job, version), manifest.encode())
     # From here the version exists: nothing that fails below may undo it. Who may read its manifest may read all of it.
     try:
         tier1.hand_to_group(layout.manifest(job, version), manifest.gid)
-        if protect:
-            for key in keys:
-                tier1.set_immutable(key)
     except CairnError as error:
-        log.warning("%s/%s is published, but its files could not be handed over: %s", job, version, error)
+        log.warning("%s/%s is published, but its manifest could not be handed over: %s", job, version, error)
+
+
+def _protect(tier1: LocalTier, keys: list[str]) -> None:
+    try:
+        for key in keys:
+            tier1.set_immutable(key)
+    except CairnError as error:
+        log.warning("%s; whoever trains as root gets copies in save_dir instead of links", error)

@@ -15,7 +15,7 @@ from cairnd import layout
 from cairnd.model import CopyState, Tier, VersionState
 from tests.daemon.conftest import MakeLab
 from tests.daemon.lab import JOB, NO_RECORDS, Lab, Rank, eventually, gone, held_fds, state
-from tests.daemon.tiers.rigged import RiggedFileSystem, failing
+from tests.daemon.tiers.rigged import NotesProtection, RiggedFileSystem, failing
 
 
 async def test_the_bytes_reach_tier1_under_their_names(lab: Lab) -> None:
@@ -28,6 +28,17 @@ async def test_the_bytes_reach_tier1_under_their_names(lab: Lab) -> None:
     assert [event.name for event in lab.app.events.remembered() if event.version == str(version)] == [
         "version_open", "version_sealed", "copy_verified", "copy_copying", "copy_verified", "version_committed",
     ]  # fmt: skip
+
+
+async def test_files_are_protected_before_the_manifest_shows_them(make_lab: MakeLab) -> None:
+    lab = await make_lab(protect_files=True)
+    lab.app.tier1._fs = rigged = NotesProtection(lab.tier1)
+    (rank,) = await Rank.launch(lab)
+    version = await rank.save({"model.pt": b"weights", "optim.pt": b"moments"})
+    folder = layout.version_folder(JOB, version)
+    manifest = rigged.calls.index(("rename", layout.manifest(JOB, version)))
+    for name in ("model.pt", "optim.pt"):
+        assert rigged.calls.index(("protect", f"{folder}/{name}")) < manifest
 
 
 async def test_ranks_that_share_a_name_get_folders(lab: Lab) -> None:

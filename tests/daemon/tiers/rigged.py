@@ -85,6 +85,14 @@ class RiggedFileSystem(OsFileSystem):
         self._note("rmdir", path)
 
 
+class NotesProtection(RiggedFileSystem):
+    """Records what would be made immutable, without doing so: not every user may, and it would outlive the test."""
+
+    def set_immutable(self, path: AnyPath, *, immutable: bool) -> bool:
+        self._note("protect" if immutable else "unprotect", path)
+        return True
+
+
 def failing(call: str, code: int, *, nth: int = 1, name: str = "") -> Callable[[str, str], OSError | None]:
     """A fault that makes the *nth* such call (whose target's name ends with *name*) fail with *code*, once."""
     seen = 0
