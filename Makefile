@@ -12,9 +12,11 @@ MAKEFLAGS += --no-builtin-rules
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
+READY_BENCH := $(VENV)/ready-bench
 DEEPSPEED := $(shell sed -n 's/^deepspeed==//p' constraints.txt)
 EXTENSIONS := $(CURDIR)/.cache/torch-extensions/deepspeed-$(DEEPSPEED)
 WARM := $(EXTENSIONS)/warm
+COPY_LIBRARY := client/cairn/capture/libcairncopy.so
 PIP_INSTALL := $(PY) -m pip install --quiet --constraint constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -25,19 +27,20 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(WARM)  ## train with DeepSpeed on CPU, kill it, resume from memory, disk and bucket; compares the weights
+demo: $(WARM) $(COPY_LIBRARY)  ## train with DeepSpeed on CPU, kill it, resume from memory, disk and bucket; compares the weights
 	$(PY) -m tests.e2e.demo
 
-test: $(WARM)  ## all tests but the fault injection (under 15 minutes)
+test: $(WARM) $(COPY_LIBRARY)  ## all tests but the fault injection (under 15 minutes)
 	$(PY) -m pytest tests -m "not fault" --ignore=tests/crash --durations=10
 
 # pytest leaves with 5 when nothing outside tests/crash carries the marker.
-test-faults: $(WARM) fault-tools  ## crash, power-cut and fault tests; without root some skip, and say so
+test-faults: $(WARM) $(COPY_LIBRARY) fault-tools  ## crash, power-cut and fault tests; without root some skip, and say so
 	$(PY) -m pytest tests/crash --durations=10
 	$(PY) -m pytest tests -m fault --ignore=tests/crash --durations=10 || test $$? -eq 5
 
-bench: $(WARM)  ## stall, drain and restore, against torch.save and a plain copy in the same run
-	$(PY) -m tests.perf.bench
+# BENCH takes its flags: make bench BENCH="--states adam --ranks 1,2"; all of them: make bench BENCH=--help
+bench: $(READY_BENCH) $(COPY_LIBRARY)  ## stall, drain and restore, against other engines and the machine's floors
+	$(PY) -m tests.perf $(BENCH)
 
 lint: $(READY)  ## style, types, fresh generated code
 	$(PY) -m ruff check .
@@ -49,7 +52,7 @@ proto: $(READY)  ## make the Python code from the protos
 	$(PY) proto/generate.py
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) .cache build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(COPY_LIBRARY) .cache build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that DeepSpeed and the project find it and cannot choose another. The install is
@@ -62,6 +65,15 @@ $(READY): pyproject.toml constraints.txt
 	@DS_BUILD_OPS=0 $(PIP_INSTALL) deepspeed
 	@$(PIP_INSTALL) --editable '.[client,daemon,deepspeed,dev]'
 	@touch $@
+
+# What the benchmark compares with, on top of the above; the tests do without.
+$(READY_BENCH): $(READY)
+	@$(PIP_INSTALL) --editable '.[bench]'
+	@touch $@
+
+# The install above compiles it too; this is for a change of its source. Without a compiler there is none, and it says so.
+$(COPY_LIBRARY): client/cairn/capture/native.c hatch_build.py | $(READY)
+	@$(PY) hatch_build.py
 
 # DeepSpeed compiles its CPU communication extension on first use. A process that is killed meanwhile leaves a lock for
 # which all later ones wait for ever, and the tests kill processes: so it is compiled once, here, in a folder of ours.
