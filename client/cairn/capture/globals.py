@@ -65,10 +65,23 @@ def load(
     Raises:
         ConfigurationError: with *weights_only*, the file refers to something outside the allow-list.
     """
-    if not weights_only:
-        return torch.load(file, map_location=map_location, weights_only=False, mmap=mmap)
+    start = None if isinstance(file, (str, PathLike)) else file.tell()
+
+    def read() -> Any:
+        if start is not None and not isinstance(file, (str, PathLike)):
+            file.seek(start)
+        return torch.load(file, map_location=map_location, weights_only=weights_only, mmap=mmap)
+
+    return under_allow_list(read) if weights_only else read()
+
+
+def under_allow_list(read: Callable[[], Any]) -> Any:
+    """What *read* returns, a weights-only load that is repeated when a module of the allow-list has to be imported.
+
+    Raises :class:`ConfigurationError` when the pickle refers to something outside the allow-list.
+    """
     try:
-        return _load_allowed(file, map_location, mmap)
+        return _read_allowed(read)
     except pickle.UnpicklingError as error:
         refused = _REFUSED.search(str(error))
         subject = f"the file refers to {refused[1]}" if refused else f"torch refused the file: {error}"
@@ -78,13 +91,12 @@ def load(
         ) from error
 
 
-def _load_allowed(file: str | PathLike[str] | IO[bytes], map_location: Any, mmap: bool) -> Any:
-    start = None if isinstance(file, (str, PathLike)) else file.tell()
+def _read_allowed(read: Callable[[], Any]) -> Any:
     imported: set[str] = set()
     while True:
         try:
             with _trusting(_loaded_globals()):
-                return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
+                return read()
         except pickle.UnpicklingError as error:
             # Perhaps only a module that nobody has imported yet. Importing is left until a file asks for it, because
             # DeepSpeed takes seconds.
@@ -94,8 +106,6 @@ def _load_allowed(file: str | PathLike[str] | IO[bytes], map_location: Any, mmap
                 raise
         imported.add(package)
         _import_allowed(package)
-        if start is not None and not isinstance(file, (str, PathLike)):
-            file.seek(start)
 
 
 def _import_allowed(package: str) -> None:

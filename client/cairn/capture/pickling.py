@@ -37,7 +37,7 @@ PROTOCOL = 2
 
 _COPYABLE_DEVICES = frozenset({"cpu", "cuda"})
 _REBUILDS = frozenset({_rebuild_tensor_v2, _rebuild_tensor_v3, _rebuild_qtensor})
-_LEGACY_CLASSES: Mapping[torch.dtype, type] = {
+LEGACY_CLASSES: Mapping[torch.dtype, type] = {
     dtype: getattr(torch, name) for dtype, name in torch.storage._dtype_to_storage_type_map().items()
 }
 """Dtypes that torch saves as a typed storage; all others are saved as bytes with the dtype beside them."""
@@ -92,7 +92,7 @@ def _pickle_in_passes(state: object) -> PickledState:
     return cutter.result(cutter.pickle(state))
 
 
-class _TorchPickler(pickle.Pickler):
+class TorchPickler(pickle.Pickler):
     """Pickles tensors over :class:`Region` objects, and notes every global on the way."""
 
     def __init__(self) -> None:
@@ -100,7 +100,6 @@ class _TorchPickler(pickle.Pickler):
         super().__init__(self._sink, PROTOCOL)
         self._regions: list[Region] = []
         self._globals: set[str] = set()
-        self._locations: dict[torch.device, str] = {}
 
     def pickle(self, state: object) -> bytes:
         self.dump(state)
@@ -113,26 +112,14 @@ class _TorchPickler(pickle.Pickler):
         """The region that holds this use; implemented by the two passes."""
         raise NotImplementedError
 
-    def _location(self, storage: UntypedStorage) -> str:
-        """torch's tag for where the storage lies; refuses storages whose bytes cannot simply be copied."""
-        device = storage.device
-        location = self._locations.get(device)
-        if location is None:
-            if device.type not in _COPYABLE_DEVICES:
-                raise InexpressibleError(f"a storage on device type {device.type!r}")
-            location = self._locations[device] = torch.serialization.location_tag(storage)
-        if storage.data_ptr() == 0 and storage.nbytes():
-            raise InexpressibleError("a storage without memory of its own")
-        return location
-
     def _number(self, region: Region) -> Region:
         """Give the region its record and persistent id, at first need."""
         if region.pid is None:
             kind: type = UntypedStorage
             count = region.length
-            if region.dtype is not None and region.dtype in _LEGACY_CLASSES:
-                kind, count = _LEGACY_CLASSES[region.dtype], region.length // region.dtype.itemsize
-            region.pid = ("storage", kind, str(len(self._regions)), self._location(region.storage), count)
+            if region.dtype is not None and region.dtype in LEGACY_CLASSES:
+                kind, count = LEGACY_CLASSES[region.dtype], region.length // region.dtype.itemsize
+            region.pid = ("storage", kind, str(len(self._regions)), location_of(region.storage), count)
             self._regions.append(region)
         return region
 
@@ -147,7 +134,7 @@ class _TorchPickler(pickle.Pickler):
             use = Use(0, storage.nbytes(), None)
         elif issubclass(kind, TypedStorage):
             storage = obj._untyped_storage
-            if obj.dtype not in _LEGACY_CLASSES:
+            if obj.dtype not in LEGACY_CLASSES:
                 raise TypeError(f"torch has no saved form for a TypedStorage of {obj.dtype}")
             use = Use(0, storage.nbytes(), obj.dtype, fixed=True)
         else:
@@ -189,9 +176,9 @@ class _TorchPickler(pickle.Pickler):
             return reduced
         storage, offset, size, stride, *others = arguments
         if function is _rebuild_qtensor:
-            use = _use_of(storage._untyped_storage, storage.dtype, offset, size, stride, fixed=True)
+            use = use_of(storage._untyped_storage, storage.dtype, offset, size, stride, fixed=True)
             region = self._place(storage._untyped_storage, use)
-            return (function, (region, _shifted(offset, region, use), size, stride, *others), *rest)
+            return (function, (region, shifted(offset, region, use), size, stride, *others), *rest)
         requires_grad, hooks, *others = others
         if function is _rebuild_tensor_v3:
             dtype, *others = others
@@ -209,10 +196,10 @@ class _TorchPickler(pickle.Pickler):
         flags: tuple[bool, object],
         metadata: tuple[object, ...],
     ) -> tuple[Any, ...]:
-        use = _use_of(storage, dtype, offset, size, stride)
+        use = use_of(storage, dtype, offset, size, stride)
         region = self._place(storage, use)
-        geometry = (region, _shifted(offset, region, use), size, stride, *flags)
-        if region.dtype in _LEGACY_CLASSES:
+        geometry = (region, shifted(offset, region, use), size, stride, *flags)
+        if region.dtype in LEGACY_CLASSES:
             return _rebuild_tensor_v2, (*geometry, *metadata)
         return _rebuild_tensor_v3, (*geometry, dtype, *metadata)
 
@@ -223,7 +210,7 @@ class _TorchPickler(pickle.Pickler):
             self._globals.add(name_when_read(module, name))
 
 
-class _Surveyor(_TorchPickler):
+class _Surveyor(TorchPickler):
     """The first pass: every storage whole, under the dtype of its first use."""
 
     def __init__(self) -> None:
@@ -245,7 +232,7 @@ class _Surveyor(_TorchPickler):
         return {key: survey.regions() for key, survey in self._surveys.items()}
 
 
-class _Cutter(_TorchPickler):
+class _Cutter(TorchPickler):
     """The second pass, over known regions.
 
     Objects that build fresh tensors whenever they are pickled bring storages that the first pass did not see; those are
@@ -280,7 +267,23 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def _use_of(
+def location_of(storage: UntypedStorage) -> str:
+    """torch's tag for where *storage* lies; :class:`InexpressibleError` if its bytes cannot simply be copied."""
+    device = storage.device
+    if device.type not in _COPYABLE_DEVICES:
+        raise InexpressibleError(f"a storage on device type {device.type!r}")
+    location = _LOCATIONS.get(device)
+    if location is None:
+        location = _LOCATIONS[device] = torch.serialization.location_tag(storage)
+    if storage.data_ptr() == 0 and storage.nbytes():
+        raise InexpressibleError("a storage without memory of its own")
+    return location
+
+
+_LOCATIONS: dict[torch.device, str] = {}
+
+
+def use_of(
     storage: UntypedStorage,
     dtype: torch.dtype,
     offset: int,
@@ -301,7 +304,7 @@ def _use_of(
     return Use(start, end, dtype, fixed)
 
 
-def _shifted(offset: int, region: Region, use: Use) -> int:
+def shifted(offset: int, region: Region, use: Use) -> int:
     """The view's offset, in elements, inside its region."""
     width = use.dtype.itemsize if use.dtype is not None else 1
     if use.start == use.end:

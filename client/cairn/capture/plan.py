@@ -6,24 +6,54 @@ memory buffer, every byte of it copied once, and ``windows`` yields the same ima
 
 from __future__ import annotations
 
+import ctypes
 import io
+import logging
 import pickletools
-import sys
 import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, repeat
+from operator import add
 
 import torch
 
-from cairn.capture.copying import byte_views, copy_all
+from cairn.capture import native
+from cairn.capture.copying import Spans, copy_all, copy_spans
 from cairn.capture.interpreter import collector_paused, lock_returned_quickly
-from cairn.capture.pickling import InexpressibleError, PickledState, name_when_read, pickle_state
-from cairn.capture.regions import Region
-from cairn.capture.zip_layout import ALIGNMENT_BYTES, Record, RecordTable, lay_out
+from cairn.capture.pickling import InexpressibleError, name_when_read, pickle_state
+from cairn.capture.stitching import NotPlainError, Template, first_records, last_records, stitch
+from cairn.capture.zip_layout import Layout, Record, RecordTable, lay_out
 from cairn_api.errors import ConfigurationError, InternalError
 
-__all__ = ["CapturePlan", "RecordTable", "plan"]
+__all__ = ["CapturePlan", "Planner", "RecordTable", "Remainder", "plan"]
+
+log = logging.getLogger("cairn")
+
+LATE_BYTES = 1 << 20
+"""Spans shorter than this are never left for later: copying them costs less than keeping account of them."""
+
+
+class Remainder:
+    """The part of an image that :meth:`CapturePlan.write_into` has left for later; it keeps the memory alive.
+
+    Attributes:
+        size_bytes: how much that is.
+        storages: where it lies. A tensor may be given other memory meanwhile; this stays what is copied.
+    """
+
+    def __init__(self, image: torch.Tensor, spans: Spans, threads: int) -> None:
+        self.size_bytes = sum(spans.lengths)
+        spans.check()
+        self.storages = [_storage_of(holder) for holder in spans.holders]
+        self._image = image
+        self._spans = replace(spans, holders=self.storages, pointers=[storage.data_ptr() for storage in self.storages])
+        self._threads = threads
+
+    def copy(self) -> None:
+        """Copy it: one call without the interpreter lock, from any thread; returns when every byte has arrived."""
+        copy_spans(self._image, self._spans, self._threads)
 
 
 class CapturePlan:
@@ -36,44 +66,51 @@ class CapturePlan:
         fallback_reason: why the image holds ordinary ``torch.save`` bytes, else None. The record table is then empty,
             because those bytes carry true CRCs already.
 
-    The plan keeps the state's storages alive until the image has been written, or the plan is dropped. What is copied
+    The plan keeps the state's memory alive until the image has been written, or the plan is dropped. What is copied
     is the tensors' content at that time; shapes and Python values are those at planning.
     """
 
     def __init__(
-        self,
-        size_bytes: int,
-        records: RecordTable,
-        global_names: tuple[str, ...],
-        fixed: bytearray,
-        fixed_lengths: Sequence[int],
-        regions: Sequence[Region],
-        fallback_reason: str | None = None,
+        self, layout: Layout, global_names: tuple[str, ...], spans: Spans, fallback_reason: str | None = None
     ) -> None:
-        self.size_bytes = size_bytes
-        self.records = records
+        self.size_bytes = layout.size_bytes
+        self.records = layout.records
         self.globals = global_names
         self.fallback_reason = fallback_reason
-        self._fixed = fixed
-        self._fixed_lengths = fixed_lengths
-        self._regions: Sequence[Region] | None = regions
+        self._layout = layout
+        self._spans: Spans | None = spans
 
-    def write_into(self, image: torch.Tensor | memoryview) -> None:
+    def write_into(
+        self,
+        image: torch.Tensor | memoryview,
+        may_wait: Callable[[torch.UntypedStorage], bool] | None = None,
+        *,
+        threads: int | None = None,
+    ) -> Remainder | None:
         """Fill the first ``size_bytes`` of *image*, a writable contiguous buffer of bytes in CPU memory.
 
         Every byte has arrived, also from GPUs, when this returns: changing the tensors afterwards changes nothing. The
         copies are one call without the interpreter lock. GPU work queued on the caller's current streams is waited for.
-        May be called once.
+        May be called once. *threads* is how many may copy, by default one per core.
+
+        With *may_wait*, what takes at least 1 MiB of a storage for which it says True is left out, and is to be copied
+        by the :class:`Remainder` that is returned then.
         """
         target = _as_bytes(image)
         if target.numel() < self.size_bytes:
             raise InternalError(f"the image needs {self.size_bytes} bytes, the buffer has {target.numel()}")
+        threads = native.idle_threads(1) if threads is None else threads
+        spans, remainder = self._take_spans(), None
         with collector_paused(), lock_returned_quickly():
-            pieces = self._pieces()
-            lengths = [piece.numel() for piece in pieces]
-            copy_all(target[: self.size_bytes].split_with_sizes(lengths), pieces)
-            del pieces
-        self._regions = None
+            if may_wait is not None:
+                late = [index for index in range(len(spans.lengths)) if _is_late(spans, index, may_wait)]
+                if late:
+                    remainder = Remainder(target, spans.subset(late), threads)
+                    excluded = set(late)
+                    spans = spans.subset([index for index in range(len(spans.lengths)) if index not in excluded])
+            copy_spans(target, spans, threads)
+            self._write_ribs(target)
+        return remainder
 
     def windows(self, window_bytes: int) -> Iterator[memoryview]:
         """The image as consecutive chunks of *window_bytes*, the last one shorter, for stream transports.
@@ -83,7 +120,12 @@ class CapturePlan:
         """
         if window_bytes <= 0:
             raise InternalError(f"a window of {window_bytes} bytes")
-        pieces = self._pieces()
+        spans = self._take_spans()
+        spans.check()
+        ribs = torch.frombuffer(self._layout.ribs, dtype=torch.uint8).split_with_sizes(
+            self._layout.rib_lengths.tolist()
+        )
+        pieces = [*chain.from_iterable(zip(ribs, spans.views(), strict=False)), ribs[-1]]
         scratch = bytearray(min(window_bytes, self.size_bytes))
         window = torch.frombuffer(scratch, dtype=torch.uint8)
         sources: list[torch.Tensor] = []
@@ -100,53 +142,80 @@ class CapturePlan:
                     sources, filled = [], 0
         if filled:
             yield _filled(window, sources, scratch)
-        self._regions = None
 
-    def _pieces(self) -> list[torch.Tensor]:
-        """The whole image in order: fixed bytes and storages in turn, as uint8 views."""
-        if self._regions is None:
+    def _take_spans(self) -> Spans:
+        spans, self._spans = self._spans, None
+        if spans is None:
             raise InternalError("this plan was written already and has let go of its tensors")
-        for region in self._regions:
-            # A view over memory that is gone would read outside of it.
-            if region.storage.nbytes() < region.start + region.length:
-                raise ConfigurationError(
-                    "a tensor's storage shrank between planning the save and copying it",
-                    hint="save from one thread, between two training steps",
-                )
-        fixed = torch.frombuffer(self._fixed, dtype=torch.uint8).split_with_sizes(list(self._fixed_lengths))
-        holes = byte_views([(region.storage, region.start, region.length) for region in self._regions])
-        return [*chain.from_iterable(zip(fixed, holes, strict=False)), fixed[-1]]
+        return spans
+
+    def _write_ribs(self, target: torch.Tensor) -> None:
+        layout = self._layout
+        if native.available():
+            start = ctypes.addressof(ctypes.c_char.from_buffer(layout.ribs))
+            targets = array("Q", map(add, repeat(target.data_ptr()), layout.rib_offsets))
+            native.copy(targets, array("Q", map(add, repeat(start), layout.rib_starts)), layout.rib_lengths)
+            return
+        lengths = layout.rib_lengths.tolist()
+        ribs = torch.frombuffer(layout.ribs, dtype=torch.uint8).split_with_sizes(lengths)
+        places = zip(layout.rib_offsets, lengths, strict=True)
+        copy_all([target[offset : offset + length] for offset, length in places], ribs)
+
+
+class Planner:
+    """Plans the states of one partition, save after save, and keeps what the next plan can use again.
+
+    It keeps no tensor alive. Not to be used by two threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._template: Template | None = None
+
+    def plan(self, state: object) -> CapturePlan:
+        """Plan the image of anything ``torch.save`` could save.
+
+        Raises:
+            ConfigurationError: part of *state* cannot be pickled; the message says which.
+        """
+        try:
+            with collector_paused():
+                stitched, self._template = stitch(state, self._template)
+                layout = stitched.layout
+                holders = [stitched.tensors[owner] for owner in stitched.owners]
+                spans = Spans(
+                    layout.hole_offsets, stitched.addresses, stitched.lengths, holders, stitched.pointers,
+                    stitched.on_cpu,
+                )  # fmt: skip
+                return CapturePlan(layout, stitched.globals, spans)
+        except NotPlainError as reason:
+            log.debug("the state is planned the general way: %s", reason)
+            self._template = None
+            return _plan_generally(state)
 
 
 def plan(state: object) -> CapturePlan:
-    """Plan the image of anything ``torch.save`` could save.
+    """Plan a state that will not be planned again; see :meth:`Planner.plan`."""
+    return Planner().plan(state)
 
-    Raises:
-        ConfigurationError: part of *state* cannot be pickled; the message says which.
-    """
+
+def _plan_generally(state: object) -> CapturePlan:
     try:
         pickled = pickle_state(state)
     except InexpressibleError as error:
         return _ordinary(state, str(error))
-    layout = lay_out(_records(pickled))
-    regions = [region for region in pickled.regions if region.length]
-    return CapturePlan(layout.size_bytes, layout.records, pickled.globals, layout.ribs, layout.rib_lengths, regions)
-
-
-def _records(pickled: PickledState) -> list[Record]:
-    """torch's records, with data.pkl moved behind the tensors: their positions then depend on sizes alone."""
     data = [Record(f"data/{key}", region.length) for key, region in enumerate(pickled.regions)]
-    # torch logs this id when it loads a file. It hashes names and content; ours hashes the pickle, which names both.
-    identity = f"{len(pickled.content):020d}{zlib.crc32(pickled.content):020d}"
-    return [
-        Record.of(".format_version", b"1"),
-        Record.of(".storage_alignment", b"%d" % ALIGNMENT_BYTES),
-        Record.of("byteorder", sys.byteorder.encode()),
-        *data,
-        Record.of("data.pkl", pickled.content),
-        Record.of("version", b"3\n"),
-        Record.of(".data/serialization_id", identity.encode()),
-    ]
+    layout = lay_out([*first_records(), *data, *last_records(pickled.content)])
+    regions = [region for region in pickled.regions if region.length]
+    pointers = [region.storage.data_ptr() for region in regions]
+    spans = Spans(
+        layout.hole_offsets,
+        array("Q", (pointer + region.start for pointer, region in zip(pointers, regions, strict=True))),
+        array("Q", (region.length for region in regions)),
+        [region.storage for region in regions],
+        pointers,
+        on_cpu=all(region.storage.device.type == "cpu" for region in regions),
+    )
+    return CapturePlan(layout, pickled.globals, spans)
 
 
 def _ordinary(state: object, reason: str) -> CapturePlan:
@@ -160,9 +229,11 @@ def _ordinary(state: object, reason: str) -> CapturePlan:
             hint="leave it out of the state, or move it to the CPU first",
         ) from error
     content = bytearray(sink.getbuffer())
-    return CapturePlan(
-        len(content), RecordTable.empty(), _globals_in(content), content, [len(content)], [], fallback_reason=reason
+    layout = Layout(
+        len(content), RecordTable.empty(), content, array("Q", [0]), array("Q", [0]), array("Q", [len(content)])
     )
+    nothing = Spans(array("Q"), array("Q"), array("Q"), [], [], on_cpu=True)
+    return CapturePlan(layout, _globals_in(content), nothing, fallback_reason=reason)
 
 
 def _globals_in(image: bytearray) -> tuple[str, ...]:
@@ -180,6 +251,14 @@ def _as_bytes(image: torch.Tensor | memoryview) -> torch.Tensor:
     if image.dtype is not torch.uint8 or image.dim() != 1 or not image.is_contiguous() or not image.is_cpu:
         raise InternalError("a capture buffer is one contiguous row of uint8 in CPU memory")
     return image
+
+
+def _is_late(spans: Spans, index: int, may_wait: Callable[[torch.UntypedStorage], bool]) -> bool:
+    return spans.lengths[index] >= LATE_BYTES and may_wait(_storage_of(spans.holders[index]))
+
+
+def _storage_of(holder: torch.Tensor | torch.UntypedStorage) -> torch.UntypedStorage:
+    return holder if isinstance(holder, torch.UntypedStorage) else holder.untyped_storage()
 
 
 def _filled(window: torch.Tensor, sources: Sequence[torch.Tensor], scratch: bytearray) -> memoryview:

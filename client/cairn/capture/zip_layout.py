@@ -17,6 +17,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
+from operator import add
 from struct import Struct
 from typing import NamedTuple
 
@@ -86,53 +88,103 @@ class RecordTable:
 class Layout:
     """Positions and fixed bytes of one archive.
 
-    ``ribs`` is all fixed bytes end to end; ``rib_lengths`` cuts them, one more entry than there are holes. Holes come
-    in record order, those of length 0 left out.
+    ``ribs`` is all fixed bytes end to end. Rib *i* is the ``rib_lengths[i]`` bytes at ``rib_starts[i]`` of ``ribs``,
+    and belongs at ``rib_offsets[i]`` of the image; hole *i* lies between rib *i* and the next, so there is one rib more
+    than there are holes. Holes come in record order, those of length 0 left out.
     """
 
     size_bytes: int
     records: RecordTable
     ribs: bytearray
-    rib_lengths: list[int]
+    rib_starts: array[int]
+    rib_offsets: array[int]
+    rib_lengths: array[int]
+
+    @property
+    def hole_offsets(self) -> array[int]:
+        """Where in the image each hole begins."""
+        return array("Q", map(add, self.rib_offsets[:-1], self.rib_lengths))
 
 
-def lay_out(records: Iterable[Record], archive: str = "archive") -> Layout:
-    """Lay out *records* in the given order under the folder *archive*."""
-    ribs = bytearray()
-    rib_lengths: list[int] = []
-    directory = bytearray()
-    table = RecordTable.empty()
-    crc_in_directory: list[int] = []
-    position = 0  # in the image
-    rib_start = 0  # in ``ribs``
+class Archive:
+    """An archive that is being laid out record by record, under the folder *name*.
 
-    for record in records:
-        name = f"{archive}/{record.name}".encode()
-        length, header_at = record.length_bytes, position
+    A copy goes on independently: an archive whose records differ only at the end is laid out from a kept beginning.
+    """
+
+    def __init__(self, name: str = "archive") -> None:
+        self._name = name
+        self._position = 0  # in the image
+        self._ribs = bytearray()
+        self._rib_starts = array("Q", [0])
+        self._rib_offsets = array("Q", [0])
+        self._rib_lengths = array("Q")
+        self._directory = bytearray()
+        self._crc_in_directory = array("Q")
+        self._table = RecordTable.empty()
+
+    def copy(self) -> Archive:
+        """Another archive with the same records so far."""
+        twin = Archive(self._name)
+        twin._position = self._position
+        twin._ribs = self._ribs[:]
+        twin._rib_starts, twin._rib_offsets = self._rib_starts[:], self._rib_offsets[:]
+        twin._rib_lengths = self._rib_lengths[:]
+        twin._directory, twin._crc_in_directory = self._directory[:], self._crc_in_directory[:]
+        table = self._table
+        twin._table = RecordTable(
+            table.offsets[:], table.lengths[:], table.descriptor_crc_offsets[:], table.directory_crc_offsets[:]
+        )
+        return twin
+
+    def add(self, record: Record) -> None:
+        """Lay *record* out behind those that were added before."""
+        name = f"{self._name}/{record.name}".encode()
+        length, header_at = record.length_bytes, self._position
         header = _local_header(name, length, header_at)
-        content_at = position + len(header)
-        ribs += header
+        content_at = header_at + len(header)
+        self._ribs += header
         if record.content is not None:
-            ribs += record.content
+            self._ribs += record.content
         elif length:
-            rib_lengths.append(len(ribs) - rib_start)
-            rib_start = len(ribs)
+            self._rib_lengths.append(len(self._ribs) - self._rib_starts[-1])
+            self._rib_starts.append(len(self._ribs))
+            self._rib_offsets.append(content_at + length)
         descriptor = _descriptor(length, header_at)
-        ribs += descriptor
-        position = content_at + length + len(descriptor)
+        self._ribs += descriptor
+        self._position = content_at + length + len(descriptor)
 
+        table = self._table
         table.offsets.append(content_at)
         table.lengths.append(length)
         table.descriptor_crc_offsets.append(content_at + length + _CRC_IN_DESCRIPTOR_OFFSET_BYTES if length else 0)
-        crc_in_directory.append(len(directory) + _CRC_IN_DIRECTORY_OFFSET_BYTES)
-        directory += _directory_entry(name, length, header_at)
+        self._crc_in_directory.append(len(self._directory) + _CRC_IN_DIRECTORY_OFFSET_BYTES)
+        self._directory += _directory_entry(name, length, header_at)
 
-    table.directory_crc_offsets.extend(position + offset for offset in crc_in_directory)
-    end = _end_of_archive(len(table), position, len(directory))
-    ribs += directory
-    ribs += end
-    rib_lengths.append(len(ribs) - rib_start)
-    return Layout(position + len(directory) + len(end), table, ribs, rib_lengths)
+    def finish(self) -> Layout:
+        """Close the archive with its directory. Nothing may be added afterwards; copy it before, if need be."""
+        position, directory, table = self._position, self._directory, self._table
+        table.directory_crc_offsets.extend(map(add, repeat(position), self._crc_in_directory))
+        end = _end_of_archive(len(table), position, len(directory))
+        self._ribs += directory
+        self._ribs += end
+        self._rib_lengths.append(len(self._ribs) - self._rib_starts[-1])
+        return Layout(
+            position + len(directory) + len(end),
+            table,
+            self._ribs,
+            self._rib_starts,
+            self._rib_offsets,
+            self._rib_lengths,
+        )
+
+
+def lay_out(records: Iterable[Record], name: str = "archive") -> Layout:
+    """Lay out *records* in the given order under the folder *name*."""
+    archive = Archive(name)
+    for record in records:
+        archive.add(record)
+    return archive.finish()
 
 
 def _flags(length: int) -> int:

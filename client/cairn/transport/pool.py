@@ -7,7 +7,8 @@ is taken first: it has the right size and its pages are warm.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cairn.transport.shared_memory import Segment, segment_bytes
@@ -45,6 +46,8 @@ class Pool:
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _making: threading.Lock = field(default_factory=threading.Lock)
     """One segment is made at a time: two threads would only take pages, and memory, from each other."""
+    _saves_waiting: int = 0
+    _no_save_waits: threading.Condition = field(default_factory=threading.Condition)
     _generation: int = 0
     _closed: bool = False
 
@@ -56,7 +59,7 @@ class Pool:
         """
         if (name := self._take(owner, partition, size_bytes, _WASTE_FACTOR)) is not None:
             return name
-        with self._making:
+        with self._before_spares(), self._making:
             # Perhaps the spare that was just being made.
             if (name := self._take(owner, partition, size_bytes, _WASTE_FACTOR)) is not None:
                 return name
@@ -79,7 +82,12 @@ class Pool:
         raise SaveFailedError("the capture buffer of this save was lost", hint="save again")
 
     def prepare_spare(self, partition: str, size_bytes: int, wanted: int) -> bool:
-        """Make one more free segment for *partition* unless *wanted* exist; says whether it did. For idle moments."""
+        """Make one more free segment for *partition* unless *wanted* exist; says whether it did. For idle moments.
+
+        A save that needs a segment goes first, so that it waits for one spare at most.
+        """
+        with self._no_save_waits:
+            self._no_save_waits.wait_for(lambda: not self._saves_waiting)
         with self._making:
             with self._lock:
                 if sum(slot.partition == partition for slot in self._slots) >= wanted:
@@ -151,6 +159,17 @@ class Pool:
             slots, self._slots = self._slots, []
         for slot in slots:
             slot.segment.close()
+
+    @contextmanager
+    def _before_spares(self) -> Iterator[None]:
+        with self._no_save_waits:
+            self._saves_waiting += 1
+        try:
+            yield
+        finally:
+            with self._no_save_waits:
+                self._saves_waiting -= 1
+                self._no_save_waits.notify_all()
 
     def _take(self, owner: VersionId, partition: str, size_bytes: int, waste_factor: int | None) -> str | None:
         with self._lock:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from cairn.capture import copying
+from cairn.capture import copying, native
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def test_helper_threads_are_left_out_in_this_thread_only() -> None:
     if not torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
         pytest.skip("this torch was built without OpenMP")
     elsewhere: list[int] = []
-    with copying._without_helper_threads():
+    with copying._helper_threads(shared=False):
         assert torch.get_num_threads() == 1
         other = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
         other.start()
@@ -33,8 +34,13 @@ def test_helper_threads_are_left_out_in_this_thread_only() -> None:
     assert torch.get_num_threads() == 2
 
 
-def test_small_and_large_storages_arrive_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("library", [True, False], ids=["native", "torch"])
+def test_small_and_large_storages_arrive_side_by_side(monkeypatch: pytest.MonkeyPatch, *, library: bool) -> None:
     monkeypatch.setattr(copying, "_SHARED_WORK_BYTES", 1000)
+    if not library:
+        monkeypatch.setattr(native, "_library", lambda: None)
+    elif not native.available():
+        pytest.skip("the copy library was not built here")
     sources = [torch.randint(0, 255, (length,), dtype=torch.uint8) for length in (1, 999, 1000, 5, 70_000, 64)]
     image = torch.zeros(sum(source.numel() for source in sources), dtype=torch.uint8)
     copying.copy_all(image.split_with_sizes([source.numel() for source in sources]), sources)
@@ -42,8 +48,17 @@ def test_small_and_large_storages_arrive_side_by_side(monkeypatch: pytest.Monkey
 
 
 def test_views_show_the_storage_itself() -> None:
-    storage = torch.arange(10, dtype=torch.uint8).untyped_storage()
-    whole, part = copying.byte_views([(storage, 0, 10), (storage, 3, 4)])
+    tensor = torch.arange(10, dtype=torch.uint8)
+    storage, address = tensor.untyped_storage(), tensor.data_ptr()
+    spans = copying.Spans(
+        array("Q", [0, 0]),
+        array("Q", [address, address + 3]),
+        array("Q", [10, 4]),
+        [storage, tensor],
+        [address] * 2,
+        on_cpu=True,
+    )
+    whole, part = spans.views()
     assert part.tolist() == [3, 4, 5, 6]
     part[0] = 99
     assert whole[3] == 99

@@ -6,7 +6,6 @@ import gc
 import pickletools
 import sys
 import threading
-import time
 import weakref
 import zipfile
 from io import BytesIO
@@ -17,7 +16,7 @@ import torch
 
 from cairn.capture import pickling
 from cairn.capture.pickling import name_when_read
-from cairn.capture.plan import plan
+from cairn.capture.plan import Planner, plan
 from cairn_api.errors import ConfigurationError, InternalError
 from tests.client.capture.images import assert_same, filled, image_of, loaded, through_torch
 from tests.client.capture.test_round_trip import NEEDS_TRUST, SAFE
@@ -104,12 +103,13 @@ def test_tensors_are_let_go_once_written() -> None:
         tensor = torch.randn(1000)
         storage = weakref.ref(tensor.untyped_storage())
         alive = weakref.ref(tensor)
-        planned = plan({"t": tensor})
+        planner = Planner()  # which remembers what it planned, and none of the memory
+        planned = planner.plan({"t": tensor})
         del tensor
-        assert alive() is None, "planning holds the tensor object"
         assert storage() is not None
         planned.write_into(torch.empty(planned.size_bytes, dtype=torch.uint8))
         assert storage() is None
+        assert alive() is None
         with pytest.raises(InternalError, match="written already"):
             planned.write_into(torch.empty(planned.size_bytes, dtype=torch.uint8))
     finally:
@@ -150,7 +150,7 @@ def test_a_storage_released_after_planning_is_noticed() -> None:
     tensor = torch.ones(1000)
     planned = plan({"t": tensor})
     tensor.untyped_storage().resize_(0)
-    with pytest.raises(ConfigurationError, match="shrank"):
+    with pytest.raises(ConfigurationError, match="released or moved"):
         planned.write_into(torch.empty(planned.size_bytes, dtype=torch.uint8))
 
 
@@ -191,31 +191,28 @@ def test_what_not_even_torch_can_save_is_refused() -> None:
         plan({"s": torch.empty(3, device="meta").untyped_storage()})
 
 
+@pytest.mark.timeout(60)
 def test_a_busy_python_thread_does_not_make_the_copy_wait_once_per_tensor() -> None:
-    # Whoever gives the interpreter lock up long enough beside a busy thread waits a whole switch interval for it, 50 ms
-    # here. A loop of copies would give it up 200 times.
+    # Whoever gives the interpreter lock up long enough beside a busy thread waits a whole switch interval for it, half
+    # a second here. A loop of copies would give it up 200 times: more time than this test has.
     state = [torch.zeros(1 << 17) for _ in range(200)]
     image = torch.zeros(plan(state).size_bytes, dtype=torch.uint8)
     stop = threading.Event()
     busy = threading.Thread(target=_spin_until, args=(stop,))
     usual_s = sys.getswitchinterval() + 0.5e-6  # Python cuts it down to whole microseconds
-    took_s = []
     busy.start()
     try:
-        for _ in range(5):
+        for _ in range(2):
             planned = plan(state)
-            sys.setswitchinterval(0.05)
+            sys.setswitchinterval(0.5)
             slow_s = sys.getswitchinterval()
-            start = time.perf_counter()
             planned.write_into(image)
-            took_s.append(time.perf_counter() - start)
             assert sys.getswitchinterval() == slow_s, "the interval was not put back"
             sys.setswitchinterval(usual_s)
     finally:
         sys.setswitchinterval(usual_s)
         stop.set()
         busy.join()
-    assert max(took_s) < 3
 
 
 def _spin_until(stop: threading.Event) -> None:

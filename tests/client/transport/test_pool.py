@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -142,3 +143,65 @@ def test_a_buffer_made_while_the_client_closes_is_let_go(budget: Budget) -> None
     with pytest.raises(ConfigurationError, match="closed"):
         closing.prepare_spare("model", MIB, 1)
     assert [segment.fd for segment in made] == [-1]
+
+
+def test_a_save_waits_for_the_spare_that_is_being_made_and_for_no_other(budget: Budget) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    shared: list[int] = []
+
+    def share(size_bytes: int, make: Callable[[], Segment]) -> None:
+        shared.append(size_bytes)
+        budget.share(size_bytes, make)
+        if len(shared) == 1:
+            begun.set()
+            assert go_on.wait(30)
+
+    busy = Pool(share=share, release=budget.release)
+
+    def make_spares() -> None:
+        for partition in ("a", "b", "c"):
+            busy.prepare_spare(partition, MIB, 1)
+
+    names: list[str] = []
+    background = threading.Thread(target=make_spares)
+    save = threading.Thread(target=lambda: names.append(busy.acquire(ONE, "large", 20 * MIB)))
+    try:
+        background.start()
+        assert begun.wait(30)
+        save.start()
+        while not busy._saves_waiting:
+            pass
+        go_on.set()
+        save.join()
+        background.join()
+        assert shared == [2 * MIB, 20 * MIB, 2 * MIB, 2 * MIB]
+    finally:
+        go_on.set()
+        busy.close()
+
+
+def test_a_save_that_comes_early_takes_the_spare_that_was_being_made(budget: Budget) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def share(size_bytes: int, make: Callable[[], Segment]) -> None:
+        budget.share(size_bytes, make)
+        begun.set()
+        assert go_on.wait(30)
+
+    busy = Pool(share=share, release=budget.release)
+    background = threading.Thread(target=busy.prepare_spare, args=("model", 3 * MIB, 1))
+    save = threading.Thread(target=busy.acquire, args=(ONE, "model", 3 * MIB))
+    try:
+        background.start()
+        assert begun.wait(30)
+        save.start()
+        while not busy._saves_waiting:
+            pass
+        go_on.set()
+        save.join()
+        background.join()
+        assert len(budget.granted) == 1
+        assert [segment.name for segment in busy.owned_by(ONE)] == list(budget.granted)
+    finally:
+        go_on.set()
+        busy.close()
