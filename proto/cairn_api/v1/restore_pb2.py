@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from cairn_api.v1 import types_pb2 as cairn__api_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63\x61irn_api/v1/restore.proto\x12\x0c\x63\x61irn_api.v1\x1a\x18\x63\x61irn_api/v1/types.proto\"N\n\x0eResolveRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0b\n\x03tag\x18\x03 \x01(\t\x12\x12\n\nlocal_only\x18\x04 \x01(\x08\"\xbe\x01\n\x0cResolveReply\x12\'\n\x08versions\x18\x01 \x03(\x0b\x32\x15.cairn_api.v1.Version\x12\x13\n\x0btier2_error\x18\x02 \x01(\t\x12-\n\x0cresumed_from\x18\x03 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12\x15\n\rclaimed_epoch\x18\x04 \x01(\r\x12*\n\tunhealthy\x18\x05 \x03(\x0b\x32\x17.cairn_api.v1.VersionId\"_\n\x0c\x46\x65tchRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12#\n\x02id\x18\x02 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12\r\n\x05paths\x18\x03 \x03(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\"V\n\x10\x46\x65tchedPartition\x12\x0c\n\x04path\x18\x01 \x01(\t\x12 \n\x04tier\x18\x02 \x01(\x0e\x32\x12.cairn_api.v1.Tier\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\x9d\x01\n\rFetchProgress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12-\n\x05ready\x18\x03 \x03(\x0b\x32\x1e.cairn_api.v1.FetchedPartition\x12\r\n\x05lease\x18\x04 \x01(\t\x12%\n\tfrom_tier\x18\x05 \x01(\x0e\x32\x12.cairn_api.v1.Tier\"*\n\x0bReadRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"\x19\n\tReadReply\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\" \n\x0f\x45ndFetchRequest\x12\r\n\x05lease\x18\x01 \x01(\t\"\x0f\n\rEndFetchReply2\x98\x02\n\x07Restore\x12\x43\n\x07Resolve\x12\x1c.cairn_api.v1.ResolveRequest\x1a\x1a.cairn_api.v1.ResolveReply\x12\x42\n\x05\x46\x65tch\x12\x1a.cairn_api.v1.FetchRequest\x1a\x1b.cairn_api.v1.FetchProgress0\x01\x12<\n\x04Read\x12\x19.cairn_api.v1.ReadRequest\x1a\x17.cairn_api.v1.ReadReply0\x01\x12\x46\n\x08\x45ndFetch\x12\x1d.cairn_api.v1.EndFetchRequest\x1a\x1b.cairn_api.v1.EndFetchReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63\x61irn_api/v1/restore.proto\x12\x0c\x63\x61irn_api.v1\x1a\x18\x63\x61irn_api/v1/types.proto\"N\n\x0eResolveRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0b\n\x03tag\x18\x03 \x01(\t\x12\x12\n\nlocal_only\x18\x04 \x01(\x08\"\xbe\x01\n\x0cResolveReply\x12\'\n\x08versions\x18\x01 \x03(\x0b\x32\x15.cairn_api.v1.Version\x12\x13\n\x0btier2_error\x18\x02 \x01(\t\x12-\n\x0cresumed_from\x18\x03 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12\x15\n\rclaimed_epoch\x18\x04 \x01(\r\x12*\n\tunhealthy\x18\x05 \x03(\x0b\x32\x17.cairn_api.v1.VersionId\"_\n\x0c\x46\x65tchRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12#\n\x02id\x18\x02 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12\r\n\x05paths\x18\x03 \x03(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\"V\n\x10\x46\x65tchedPartition\x12\x0c\n\x04path\x18\x01 \x01(\t\x12 \n\x04tier\x18\x02 \x01(\x0e\x32\x12.cairn_api.v1.Tier\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\xc7\x01\n\rFetchProgress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12-\n\x05ready\x18\x03 \x03(\x0b\x32\x1e.cairn_api.v1.FetchedPartition\x12\r\n\x05lease\x18\x04 \x01(\t\x12%\n\tfrom_tier\x18\x05 \x01(\x0e\x32\x12.cairn_api.v1.Tier\x12\x16\n\x0e\x64igested_bytes\x18\x06 \x01(\x04\x12\x10\n\x08\x64igest_s\x18\x07 \x01(\x01\"*\n\x0bReadRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"\x19\n\tReadReply\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\" \n\x0f\x45ndFetchRequest\x12\r\n\x05lease\x18\x01 \x01(\t\"\x0f\n\rEndFetchReply2\x98\x02\n\x07Restore\x12\x43\n\x07Resolve\x12\x1c.cairn_api.v1.ResolveRequest\x1a\x1a.cairn_api.v1.ResolveReply\x12\x42\n\x05\x46\x65tch\x12\x1a.cairn_api.v1.FetchRequest\x1a\x1b.cairn_api.v1.FetchProgress0\x01\x12<\n\x04Read\x12\x19.cairn_api.v1.ReadRequest\x1a\x17.cairn_api.v1.ReadReply0\x01\x12\x46\n\x08\x45ndFetch\x12\x1d.cairn_api.v1.EndFetchRequest\x1a\x1b.cairn_api.v1.EndFetchReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -31,15 +31,15 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_FETCHEDPARTITION']._serialized_start=440
   _globals['_FETCHEDPARTITION']._serialized_end=526
   _globals['_FETCHPROGRESS']._serialized_start=529
-  _globals['_FETCHPROGRESS']._serialized_end=686
-  _globals['_READREQUEST']._serialized_start=688
-  _globals['_READREQUEST']._serialized_end=730
-  _globals['_READREPLY']._serialized_start=732
-  _globals['_READREPLY']._serialized_end=757
-  _globals['_ENDFETCHREQUEST']._serialized_start=759
-  _globals['_ENDFETCHREQUEST']._serialized_end=791
-  _globals['_ENDFETCHREPLY']._serialized_start=793
-  _globals['_ENDFETCHREPLY']._serialized_end=808
-  _globals['_RESTORE']._serialized_start=811
-  _globals['_RESTORE']._serialized_end=1091
+  _globals['_FETCHPROGRESS']._serialized_end=728
+  _globals['_READREQUEST']._serialized_start=730
+  _globals['_READREQUEST']._serialized_end=772
+  _globals['_READREPLY']._serialized_start=774
+  _globals['_READREPLY']._serialized_end=799
+  _globals['_ENDFETCHREQUEST']._serialized_start=801
+  _globals['_ENDFETCHREQUEST']._serialized_end=833
+  _globals['_ENDFETCHREPLY']._serialized_start=835
+  _globals['_ENDFETCHREPLY']._serialized_end=850
+  _globals['_RESTORE']._serialized_start=853
+  _globals['_RESTORE']._serialized_end=1133
 # @@protoc_insertion_point(module_scope)

@@ -55,18 +55,22 @@ class FetchedPartition(_message.Message):
     def __init__(self, path: _Optional[str] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class FetchProgress(_message.Message):
-    __slots__ = ("done_bytes", "total_bytes", "ready", "lease", "from_tier")
+    __slots__ = ("done_bytes", "total_bytes", "ready", "lease", "from_tier", "digested_bytes", "digest_s")
     DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     FROM_TIER_FIELD_NUMBER: _ClassVar[int]
+    DIGESTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_S_FIELD_NUMBER: _ClassVar[int]
     done_bytes: int
     total_bytes: int
     ready: _containers.RepeatedCompositeFieldContainer[FetchedPartition]
     lease: str
     from_tier: _types_pb2.Tier
-    def __init__(self, done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[_Iterable[_Union[FetchedPartition, _Mapping]]] = ..., lease: _Optional[str] = ..., from_tier: _Optional[_Union[_types_pb2.Tier, str]] = ...) -> None: ...
+    digested_bytes: int
+    digest_s: float
+    def __init__(self, done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[_Iterable[_Union[FetchedPartition, _Mapping]]] = ..., lease: _Optional[str] = ..., from_tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., digested_bytes: _Optional[int] = ..., digest_s: _Optional[float] = ...) -> None: ...
 
 class ReadRequest(_message.Message):
     __slots__ = ("lease", "path")

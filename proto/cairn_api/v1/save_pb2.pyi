@@ -203,11 +203,11 @@ class RecordTable(_message.Message):
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTOR_CRC_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_CRC_OFFSETS_FIELD_NUMBER: _ClassVar[int]
-    offsets: _containers.RepeatedScalarFieldContainer[int]
-    lengths: _containers.RepeatedScalarFieldContainer[int]
-    descriptor_crc_offsets: _containers.RepeatedScalarFieldContainer[int]
-    directory_crc_offsets: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, offsets: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., descriptor_crc_offsets: _Optional[_Iterable[int]] = ..., directory_crc_offsets: _Optional[_Iterable[int]] = ...) -> None: ...
+    offsets: bytes
+    lengths: bytes
+    descriptor_crc_offsets: bytes
+    directory_crc_offsets: bytes
+    def __init__(self, offsets: _Optional[bytes] = ..., lengths: _Optional[bytes] = ..., descriptor_crc_offsets: _Optional[bytes] = ..., directory_crc_offsets: _Optional[bytes] = ...) -> None: ...
 
 class SealRequest(_message.Message):
     __slots__ = ("job", "id", "rank", "name", "segment", "size_bytes", "records", "globals")
