@@ -13,6 +13,7 @@ from cairn_api.errors import CairnError, ConfigurationError
 from cairn_api.names import VersionId
 from cairnd import __version__, layout
 from cairnd.catalog.catalog import Catalog
+from cairnd.catalog.hashing import Hashing
 from cairnd.catalog.jobs import JobBook
 from cairnd.catalog.leases import Leases
 from cairnd.catalog.verified import DamagedError, VerifiedFiles
@@ -26,6 +27,7 @@ from cairnd.replication.replicator import Replicator
 from cairnd.replication.storage import Storage
 from cairnd.restore.fetcher import Fetcher
 from cairnd.restore.inventory import Inventory
+from cairnd.restore.memory_copies import MemoryCopies
 from cairnd.rpc.admin_service import AdminService
 from cairnd.rpc.report import Reporter
 from cairnd.rpc.restore_service import RestoreService
@@ -37,7 +39,7 @@ from cairnd.session.clients import Client, Clients
 from cairnd.session.launches import Launches
 from cairnd.session.memory import CaptureMemory
 from cairnd.session.saves import Saves
-from cairnd.session.tier1_writer import Tier1Writer
+from cairnd.session.tier1_writer import Tier1Writer, write_lanes
 from cairnd.settings import Settings
 from cairnd.tiers.filesystem import FileSystem, OsFileSystem
 from cairnd.tiers.local import LocalTier
@@ -78,7 +80,7 @@ class App:
         self._fs = fs or OsFileSystem()
         self._workers = workers or ThreadWorkers("cairnd", _WORKER_THREADS)
         # The disk gets threads of its own: uploads that hang in a dead bucket must not hold up a save.
-        self._disk = workers or ThreadWorkers("cairnd-disk", 4)
+        self._disk = workers or ThreadWorkers("cairnd-disk", 3 + write_lanes(settings.drain_threads))
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop_metrics: Callable[[], None] = lambda: None
         self._build()
@@ -96,7 +98,10 @@ class App:
         self.leases = Leases(self.catalog)
         self.memory = CaptureMemory(settings.capture_limit_bytes(), metrics)
         self.clients = Clients(clock, metrics, os.geteuid(), frozenset(settings.allowed_uids))
-        self.verified = VerifiedFiles(self._fs, self.tier1, metrics, always=settings.verify_on_load == "always")
+        self.hashing = Hashing(self._fs)
+        self.verified = VerifiedFiles(
+            self._fs, self.tier1, self.hashing, clock, metrics, always=settings.verify_on_load == "always"
+        )
         if settings.persistent_storage_path:
             self._open_store(settings.persistent_storage_path)  # a URL that can never work is refused now
         self.storage = Storage(
@@ -121,6 +126,7 @@ class App:
         self.writer = Tier1Writer(
             self.node, self.catalog, self.tier1, self._disk, self.clients, clock, events, metrics,
             on_published=self._on_published, protect=settings.protect_files,
+            threads=settings.drain_threads, bytes_per_s=settings.tier1_write_bytes_per_s,
         )  # fmt: skip
         self.saves = Saves(
             self.catalog, self.memory, self.tier1, self._disk, clock, events, metrics,
@@ -130,10 +136,11 @@ class App:
             self.catalog, self.jobs, self.leases, self.memory, self.storage, self.inventory, self.replicator, events,
             metrics,
         )  # fmt: skip
+        self.memory_copies = MemoryCopies(self.catalog, self.memory, self.hashing, self.verified, self._workers)
         self.fetcher = Fetcher(
-            self.node, self.catalog, self.leases, self.memory, self.tier1, self.verified, self.storage, self._workers,
-            events, metrics, location=self.replicator.location, make_room=self.keeper.make_room,
-            concurrency=settings.upload_concurrency,
+            self.node, self.catalog, self.leases, self.memory, self.memory_copies, self.tier1, self.verified,
+            self.storage, self._workers, events, metrics, location=self.replicator.location,
+            make_room=self.keeper.make_room, concurrency=settings.upload_concurrency,
         )  # fmt: skip
         self.drainer = Drainer(self.catalog, self.saves, self.persistence, self.replicator, clock, events)
         self.reporter = Reporter(
@@ -142,7 +149,7 @@ class App:
         )  # fmt: skip
         self.side_socket = SideSocket(
             self.runtime_dir, self.node, self.boot, self.clients, self.memory, self.leases, self.fetcher,
-            on_gone=self._on_client_gone, tier1_root=self.tier1.root,
+            self.memory_copies, on_gone=self._on_client_gone, tier1_root=self.tier1.root,
         )  # fmt: skip
         self.server = RpcServer(
             self.runtime_dir,
@@ -208,6 +215,8 @@ class App:
         self._stop_metrics()
         self._workers.close()
         self._disk.close()
+        self.writer.close()
+        self.hashing.close()
         os.close(self._lock_fd)
         self.events.publish("daemon_stopped")
 
@@ -254,6 +263,7 @@ class App:
     def _on_client_gone(self, client: Client) -> None:
         for lease in self.leases.of_client(client.number):
             self.fetcher.end(lease)
+        self.memory_copies.client_gone(client.number)
         self.saves.client_gone(client)
         self.launches.trim_memory()
         self.catalog.wake()

@@ -12,11 +12,13 @@ GIL back, does not stop the pass (pieces of 256 KiB: as fast alone, ten times sl
 from __future__ import annotations
 
 import os
+import struct
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import islice
-from operator import add, le
+from itertools import islice, repeat
+from operator import add, le, sub
 from typing import NamedTuple
 
 from awscrt.checksums import combine_crc64nvme, crc64nvme
@@ -33,6 +35,7 @@ MAX_RECORDS = 1_000_000
 
 _PIECE_BYTES = 4 * 1024 * 1024
 _CRC32_BYTES = 4
+_CRC32_FIELD = struct.Struct("<I")
 
 
 class Digest(NamedTuple):
@@ -51,7 +54,14 @@ class RecordTable:
     the record has no such field. The table comes from a client: call :meth:`validate` before using it.
     """
 
-    __slots__ = ("descriptor_crc_offsets", "directory_crc_offsets", "lengths", "offsets")
+    __slots__ = (
+        "_in_order",
+        "_valid_for_bytes",
+        "descriptor_crc_offsets",
+        "directory_crc_offsets",
+        "lengths",
+        "offsets",
+    )
 
     def __init__(
         self,
@@ -67,23 +77,41 @@ class RecordTable:
             self.directory_crc_offsets = array("Q", directory_crc_offsets)
         except (OverflowError, TypeError) as error:
             raise _refuse("every position and length is an integer from 0 to 2**64 - 1") from error
+        self._valid_for_bytes = -1
+        self._in_order = False
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the columns are the same; what was found out about them does not count."""
+        return isinstance(other, RecordTable) and self._columns() == other._columns()
+
+    __hash__ = None  # type: ignore[assignment]  # equal by contents that are held in arrays
+
+    def _columns(self) -> tuple[array[int], ...]:
+        return self.offsets, self.lengths, self.descriptor_crc_offsets, self.directory_crc_offsets
 
     def validate(self, size_bytes: int) -> None:
         """Check the table against a partition of *size_bytes*.
 
         Raises :class:`ConfigurationError` unless records ascend without overlapping, everything lies inside, and each
         CRC-32 field lies after its own record's data, outside all record data and apart from all other fields. With
-        that, filling a field can never alter data whose checksum was already taken.
+        that, filling a field can never alter data whose checksum was already taken. The answer is remembered: a
+        table that serves several saves is checked once.
         """
+        if self._valid_for_bytes != size_bytes:
+            self._check(size_bytes)
+            self._valid_for_bytes = size_bytes
+
+    def _check(self, size_bytes: int) -> None:
         count = len(self.offsets)
         if not count == len(self.lengths) == len(self.descriptor_crc_offsets) == len(self.directory_crc_offsets):
             raise _refuse("its four columns differ in length")
         if count > MAX_RECORDS:
             raise _refuse(f"it has {count} records, more than {MAX_RECORDS}")
-        if self._as_written(size_bytes):
+        self._in_order = self._as_written(size_bytes)
+        if self._in_order:
             return
         end = 0
         ends = array("Q")
@@ -126,6 +154,14 @@ class RecordTable:
             and all(map(le, after_directory, islice(directory, 1, None)))
             and after_directory[-1] <= size_bytes
         )
+
+    def sealing_order(self) -> tuple[array[int], array[int], array[int]]:
+        """What a pass reads: the end of each record; all fields' positions, ascending; the record of each field."""
+        ends = array("Q", map(add, self.offsets, self.lengths))
+        if self._in_order:
+            return ends, self.descriptor_crc_offsets + self.directory_crc_offsets, array("Q", range(len(self))) * 2
+        fields = self.fields()
+        return ends, array("Q", [position for position, _ in fields]), array("Q", [index for _, index in fields])
 
     def fields(self) -> list[tuple[int, int]]:
         """All CRC-32 fields as ``(position, record index)``, by position."""
@@ -186,12 +222,13 @@ class SealingPass:
     def __init__(self, size_bytes: int, records: RecordTable | None) -> None:
         self._size_bytes = size_bytes
         self._folding = _Folding()
-        self._records = records if records is not None else RecordTable((), (), (), ())
-        self._fields = self._records.fields()
+        records = records if records is not None else RecordTable((), (), (), ())
+        self._starts = records.offsets
+        self._ends, self._positions, self._owners = records.sealing_order()
         self._next_field = 0
         self._record = 0  # the record that is being read
         self._crc32 = 0  # of what was read of it
-        self._crc32s = array("I", bytes(4 * len(self._records)))
+        self._crc32s = array("I", bytes(4 * len(records)))
         self._carry = b""  # the end of a CRC field that began in the last block
 
     def process(self, block: memoryview, offset: int) -> None:
@@ -221,28 +258,38 @@ class SealingPass:
 
     def _take_crc32(self, block: memoryview, offset: int, start: int, stop: int) -> None:
         """CRC-32 of the record data in ``start..stop``; a record is complete when its end has been read."""
-        offsets, lengths = self._records.offsets, self._records.lengths
-        while self._record < len(offsets):
-            first = offsets[self._record]
-            end = first + lengths[self._record]
-            begin = max(first, start)
-            if begin < stop and begin < end:
-                self._crc32 = crc32(block[begin - offset : min(end, stop) - offset], self._crc32)
+        first = self._record
+        if first < len(self._starts) and self._starts[first] < start:  # begun in an earlier piece
+            end = self._ends[first]
+            self._crc32 = crc32(block[start - offset : min(end, stop) - offset], self._crc32)
             if end > stop:
                 return
-            self._crc32s[self._record] = self._crc32
-            self._crc32 = 0
-            self._record += 1
+            self._crc32s[first] = self._crc32
+            first += 1
+        last = bisect_right(self._ends, stop, first)
+        if first < last:  # one chain of C functions: with small records, a loop here takes longer than the checksums
+            starts = map(sub, self._starts[first:last], repeat(offset))
+            ends = map(sub, self._ends[first:last], repeat(offset))
+            self._crc32s[first:last] = array("I", map(crc32, map(block.__getitem__, map(slice, starts, ends))))
+        self._record, self._crc32 = last, 0
+        if last < len(self._starts) and self._starts[last] < stop:
+            self._crc32 = crc32(block[self._starts[last] - offset : stop - offset])
 
     def _fill_fields(self, block: memoryview, offset: int, stop: int) -> None:
         """Write all fields that begin before *stop*: their records are complete, for a field follows its record."""
-        while self._next_field < len(self._fields) and self._fields[self._next_field][0] < stop:
-            position, record = self._fields[self._next_field]
-            value = self._crc32s[record].to_bytes(_CRC32_BYTES, "little")
-            room = min(_CRC32_BYTES, len(block) - (position - offset))
-            block[position - offset : position - offset + room] = value[:room]
-            self._carry = value[room:]
-            self._next_field += 1
+        first = self._next_field
+        last = self._next_field = bisect_left(self._positions, stop, first)
+        if first == last:
+            return
+        values = [self._crc32s[record] for record in self._owners[first:last]]
+        overhang = self._positions[last - 1] + _CRC32_BYTES - (offset + len(block))
+        if overhang > 0:  # the rest of this field lies in the next block
+            last -= 1
+            value = values[-1].to_bytes(_CRC32_BYTES, "little")
+            block[len(block) + overhang - _CRC32_BYTES :] = value[:-overhang]
+            self._carry = value[-overhang:]
+        places = map(sub, self._positions[first:last], repeat(offset))
+        deque(map(_CRC32_FIELD.pack_into, repeat(block), places, values), maxlen=0)
 
     def _fill_carry(self, block: memoryview) -> None:
         if not self._carry:

@@ -60,6 +60,14 @@ class Settings:
         "bytes that versions may take in tier 1; 0: as much as its file system has. Above it the oldest version "
         "that waits for tier 2 loses its place in the queue (counted, reported)",
     )
+    tier1_write_bytes_per_s: int = _setting(
+        0, "bytes per second at which captured saves are written to tier 1; 0: as fast as the disk is"
+    )
+    drain_threads: int = _setting(
+        2,
+        "threads that bring captured saves to tier 1; 1: digests and writes by turns, 2: at the same time; each two "
+        "more bring another partition along",
+    )
     tier2_delete_grace_s: float = _setting(
         60.0, "seconds between a tier 2 version's tombstone and the deletion of its data; longer than a restore takes"
     )
@@ -123,6 +131,8 @@ _LEAST: Mapping[str, float] = {
     "tier2_keep_every": 0,
     "tier2_keep_period_s": 0,
     "tier1_limit_bytes": 0,
+    "tier1_write_bytes_per_s": 0,
+    "drain_threads": 1,
     "tier2_delete_grace_s": 0,
     "lease_s": 0.1,
     "commit_timeout_s": 0.1,

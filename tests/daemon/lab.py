@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from cairn_api.names import VersionId
 from cairnd import layout
@@ -21,11 +22,14 @@ from cairnd.session.clients import Client
 from cairnd.session.memory import Segment
 from cairnd.settings import Settings
 from cairnd.tiers.object_store import ObjectStore
-from cairnd.workers import ThreadWorkers
+from cairnd.workers import ThreadWorkers, Workers
 from tests.clock import ManualClock
 
+T = TypeVar("T")
 JOB = "run-7"
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
+_SETTLING_S = 1.0
+"""How long :meth:`Lab.settle` waits for threads; those that a test itself holds up take longer."""
 NO_RECORDS = RecordTable((), (), (), ())
 
 
@@ -86,6 +90,7 @@ class Lab:
         self._wrap_store = wrap_store
         self._environment = environment or {}
         self._running: asyncio.Task[None] | None = None
+        self._at_work = 0
         self.app = self._new_app()
 
     def _new_app(self) -> App:
@@ -93,7 +98,22 @@ class Lab:
         if self._wrap_store is not None:
             make, wrap = app.storage._open_store, self._wrap_store
             app.storage._open_store = lambda url: wrap(make(url))
+        for pool in (app._workers, app._disk):
+            self._watch(pool)
         return app
+
+    def _watch(self, workers: Workers) -> None:
+        """Count what *workers* have to do, for :meth:`settle`."""
+        run = workers.run
+
+        async def counted(function: Callable[..., T], *arguments: Any) -> T:
+            self._at_work += 1
+            try:
+                return await run(function, *arguments)
+            finally:
+                self._at_work -= 1
+
+        workers.run = counted  # type: ignore[method-assign]
 
     async def start(self, *, run: bool = True) -> Lab:
         """Recover, bind the sockets and (with *run*) start the background tasks."""
@@ -140,8 +160,11 @@ class Lab:
 
     async def settle(self) -> None:
         """Let everybody act on what happened: tasks that are ready, and threads that work for them."""
-        for _ in range(5):
+        deadline_s = time.monotonic() + _SETTLING_S
+        quiet = 0
+        while quiet < 5 and time.monotonic() < deadline_s:
             await asyncio.sleep(0.001)
+            quiet = 0 if self._at_work else quiet + 1
 
     def events(self, name: str) -> list[Event]:
         """Remembered events of that name, oldest first."""

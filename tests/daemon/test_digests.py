@@ -115,6 +115,36 @@ def test_any_split_fills_the_same_checksums_and_gives_the_same_digest(contents: 
     assert digest == digest_of([memoryview(whole)])
 
 
+@given(st.lists(st.binary(max_size=9), min_size=1, max_size=6), st.lists(st.integers(0, 5000), max_size=40), st.data())
+@settings(deadline=None, max_examples=150)
+def test_fields_may_be_missing_and_in_any_order(contents: list[bytes], cuts: list[int], data: st.DataObject) -> None:
+    """Records side by side, then all fields in an order of their own: not the layout that the fast path knows."""
+    places = data.draw(st.permutations(range(2 * len(contents))))
+    missing = data.draw(st.sets(st.sampled_from(range(2 * len(contents)))))
+    offsets = [5 + sum(map(len, contents[:index])) for index in range(len(contents))]
+    first = 5 + sum(map(len, contents))
+    fields = [0 if number in missing else first + 4 * place for number, place in enumerate(places)]
+    records = RecordTable(offsets, map(len, contents), fields[::2], fields[1::2])
+    image = bytes(5) + b"".join(contents) + bytes(8 * len(contents))
+    records.validate(len(image))
+    expected = bytearray(image)
+    for number, field in enumerate(fields):
+        if field:
+            struct.pack_into("<I", expected, field, zlib.crc32(contents[number // 2]))
+    sealed, digest = seal(image, records, cuts)
+    assert sealed == expected
+    assert digest == digest_of([memoryview(expected)])
+
+
+def test_a_table_is_as_good_as_one_with_the_same_columns_and_valid_for_one_size() -> None:
+    ours, theirs = table((10, 5, 20, 30)), table((10, 5, 20, 30))
+    ours.validate(34)
+    assert ours == theirs
+    assert ours != table((10, 5, 20, 31))
+    with pytest.raises(ConfigurationError, match="outside the partition"):
+        ours.validate(33)  # the size is part of what was checked
+
+
 def test_blocks_of_one_byte_fill_fields_that_straddle_them() -> None:
     whole, zeroed, records = make_zip([b"abc", b"", b"x" * 70])
     sealed, digest = seal(zeroed, records, list(range(len(zeroed))))

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from cairn_api.errors import CairnError, OverloadedError, VersionError
-from cairnd.digests import Digest, digest_of
+from cairnd.catalog.hashing import Hashing, Progress
+from cairnd.clock import Clock
+from cairnd.digests import Digest
 from cairnd.metrics import Metrics
 from cairnd.model import Partition
-from cairnd.tiers.filesystem import FileSystem, read_exactly
+from cairnd.tiers.filesystem import FileSystem
 from cairnd.tiers.local import FileIdentity, LocalTier
 
-_PIECE_BYTES = 4 * 1024 * 1024
-"""As much as is hashed at once (see :mod:`cairnd.digests`)."""
+Digested = Callable[[int, float], None]
+"""Told of each digest pass: the bytes that were hashed and the seconds that took, reading included."""
 
 
 class DamagedError(VersionError):
@@ -25,22 +28,35 @@ class DamagedError(VersionError):
 
 
 class VerifiedFiles:
-    """A cache of identities that were hashed. Thread-safe; ``check`` blocks."""
+    """A cache of identities that were hashed. Thread-safe; ``check`` blocks.
 
-    def __init__(self, fs: FileSystem, tier: LocalTier, metrics: Metrics, *, always: bool) -> None:
+    *always* is the policy for all copies: at every load, rather than once.
+    """
+
+    def __init__(
+        self, fs: FileSystem, tier: LocalTier, hashing: Hashing, clock: Clock, metrics: Metrics, *, always: bool
+    ) -> None:
+        self.always = always
         self._fs = fs
         self._tier = tier
+        self._hashing = hashing
+        self._clock = clock
         self._metrics = metrics
-        self._always = always
         self._known: dict[str, tuple[FileIdentity, Digest]] = {}
         self._lock = threading.Lock()
 
     def check(
-        self, key: str, partition: Partition, *, again: bool = False, progress: Callable[[int], None] | None = None
+        self,
+        key: str,
+        partition: Partition,
+        *,
+        again: bool = False,
+        progress: Progress = lambda _: None,
+        digested: Digested = lambda _bytes, _seconds: None,
     ) -> None:
         """Raise :class:`DamagedError` unless the file's bytes match the partition's digest.
 
-        *progress* is called with the bytes read so far, now and then while a file is hashed.
+        *progress* is called with the bytes read so far, now and then while a file is hashed, and *digested* when it is.
         """
         expected = partition.digest
         assert expected is not None, "only published partitions are checked"
@@ -48,9 +64,12 @@ class VerifiedFiles:
             identity = self._tier.identity(key)
             with self._lock:
                 known = self._known.get(key)
-            if known == (identity, expected) and not self._always and not again:
+            if known == (identity, expected) and not self.always and not again:
                 return
-            found = self._digest(key, progress) if identity.size_bytes == expected.size_bytes else None
+            found = None
+            if identity.size_bytes == expected.size_bytes:
+                with self.timed(identity.size_bytes, digested):
+                    found = self._digest(key, expected.size_bytes, progress)
         except OverloadedError:
             raise  # no descriptors, no memory: nothing is wrong with the file
         except CairnError as error:
@@ -79,21 +98,22 @@ class VerifiedFiles:
             for key in [key for key in self._known if key.startswith(prefix)]:
                 del self._known[key]
 
-    def _digest(self, key: str, progress: Callable[[int], None] | None) -> Digest:
+    @contextmanager
+    def timed(self, size_bytes: int, digested: Digested) -> Iterator[None]:
+        """Count a digest pass over *size_bytes*, and tell *digested*. Passes are never hidden in another figure."""
+        started_s = self._clock.monotonic_s()
+        yield
+        duration_s = self._clock.monotonic_s() - started_s
+        self._metrics.stage_seconds.labels("digest").observe(duration_s)
+        self._metrics.stage_bytes.labels("digest").inc(size_bytes)
+        digested(size_bytes, duration_s)
+
+    def _digest(self, key: str, size_bytes: int, progress: Progress) -> Digest:
         fd = self._tier.open_read(key)
         try:
-            return digest_of(self._blocks(fd, progress or (lambda _: None)))
+            return self._hashing.of_file(fd, size_bytes, progress)
         finally:
             self._fs.close(fd)
-
-    def _blocks(self, fd: int, progress: Callable[[int], None]) -> Iterator[memoryview]:
-        size_bytes = self._fs.fstat(fd).st_size
-        buffer = memoryview(bytearray(min(_PIECE_BYTES, size_bytes)))
-        for offset in range(0, size_bytes, _PIECE_BYTES):
-            piece = buffer[: min(_PIECE_BYTES, size_bytes - offset)]
-            read_exactly(self._fs, fd, piece, offset)
-            yield piece
-            progress(offset + len(piece))
 
     def _damaged(self, key: str, why: str) -> DamagedError:
         self._metrics.verify_failures.labels("tier1").inc()

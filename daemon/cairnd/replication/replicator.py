@@ -228,23 +228,31 @@ class Replicator:
     async def _upload(self, version: Version, partition: Partition, bucket: BucketRepository) -> None:
         async with self._slots:
             key = layout.partition(version.job, version.id, partition.path)
-            # What is uploaded was read and compared first: a rotten tier 1 copy never reaches the bucket.
-            await self._workers.run(self._verified.check, key, partition)
             target = layout.Bucket.partition(version.job, version.id, partition.path)
             await self._workers.run(self._send, bucket, key, target, partition)
 
     def _send(self, bucket: BucketRepository, key: str, target: str, partition: Partition) -> None:
-        fd = self._tier1.open_read(key)
+        # What becomes visible was read and compared: a rotten tier 1 copy never reaches the bucket.
+        if not bucket.store.capabilities.checks_source:
+            self._verified.check(key, partition)
         try:
-            bucket.store.upload(
-                target,
-                BinarySource(fd, partition.size_bytes, partition.digest),
-                progress=lambda _: None,
-                cancelled=self._cancel.is_set,
-                deadline_s=_UPLOAD_DEADLINE_S,
-            )
-        finally:
-            os.close(fd)
+            identity = self._tier1.identity(key)
+            fd = self._tier1.open_read(key)
+            try:
+                bucket.store.upload(
+                    target,
+                    BinarySource(fd, partition.size_bytes, partition.digest),
+                    progress=lambda _: None,
+                    cancelled=self._cancel.is_set,
+                    deadline_s=_UPLOAD_DEADLINE_S,
+                )
+            finally:
+                os.close(fd)
+        except VersionError:
+            self._verified.check(key, partition, again=True)  # says so, and which block, if it is this copy's fault
+            raise
+        if bucket.store.capabilities.checks_source and self._tier1.identity(key) == identity:
+            self._verified.trust(key, partition)
 
     async def _ensure_claim(self, version: Version, bucket: BucketRepository) -> None:
         """The launch that wrote *version* must own its epoch in the bucket, else nothing is uploaded."""

@@ -29,6 +29,7 @@ from cairnd.model import CopyState, Partition, Tier, Version, VersionState
 from cairnd.replication.bucket import BucketRepository
 from cairnd.replication.storage import Storage
 from cairnd.restore import pace
+from cairnd.restore.memory_copies import MemoryCopies
 from cairnd.restore.pace import Meter, as_they_end
 from cairnd.restore.partials import KeyLocks, Partials
 from cairnd.session.memory import CaptureMemory, Segment
@@ -63,6 +64,8 @@ class Progress:
     lease: str
     ready: tuple[Fetched, ...] = ()
     tier: Tier | None = None
+    digested_bytes: int = 0
+    digest_s: float = 0.0
 
 
 class Fetcher:
@@ -74,6 +77,7 @@ class Fetcher:
         catalog: Catalog,
         leases: Leases,
         memory: CaptureMemory,
+        memory_copies: MemoryCopies,
         tier1: LocalTier,
         verified: VerifiedFiles,
         storage: Storage,
@@ -89,6 +93,7 @@ class Fetcher:
         self._catalog = catalog
         self._leases = leases
         self._memory = memory
+        self._memory_copies = memory_copies
         self._tier1 = tier1
         self._verified = verified
         self._storage = storage
@@ -128,7 +133,10 @@ class Fetcher:
                     async for _ in beats:
                         yield Progress(meter.done_bytes, meter.total_bytes, lease.name)
                 ready = tuple(item for item in lease.partitions.values() if isinstance(item, Fetched))
-                yield Progress(meter.total_bytes, meter.total_bytes, lease.name, ready)
+                yield Progress(
+                    meter.total_bytes, meter.total_bytes, lease.name, ready,
+                    digested_bytes=meter.digested_bytes, digest_s=meter.digest_s,
+                )  # fmt: skip
             except BaseException:
                 self.end(lease)
                 raise
@@ -141,6 +149,16 @@ class Fetcher:
         if fetched.segment is not None:
             return os.open(f"/proc/self/fd/{fetched.segment.fd}", os.O_RDONLY | os.O_CLOEXEC), fetched
         return self._tier1.open_read(fetched.key), fetched
+
+    def hold(self, lease: Lease, path: str) -> str | None:
+        """Let the lease's client map a fetched partition of the memory tier for as long as it likes.
+
+        The name of the hold, or None when there is nothing to hold or the client has to copy the bytes.
+        """
+        fetched = lease.partitions.get(path)
+        if not isinstance(fetched, Fetched) or fetched.segment is None:
+            return None
+        return self._memory_copies.hold(lease.client, fetched.segment)
 
     def end(self, lease: Lease) -> None:
         """Give up a lease and what it keeps from being reused."""
@@ -227,7 +245,9 @@ class Fetcher:
             return await self._from_tier2(version, partition, source, key, temporary, meter, [])
 
     async def _check(self, key: str, partition: Partition, meter: Meter) -> None:
-        await self._workers.run(lambda: self._verified.check(key, partition, progress=meter.reader(partition)))
+        await self._workers.run(
+            lambda: self._verified.check(key, partition, progress=meter.reader(partition), digested=meter.digested)
+        )
 
     async def _from_memory(self, version: Version, partition: Partition, meter: Meter) -> Fetched | None:
         if not version.has(Tier.MEMORY):
@@ -236,12 +256,10 @@ class Fetcher:
             if segment.partition == (partition.rank, partition.name):
                 segment.readers += 1  # not reused while it is hashed
                 try:
-                    crc = await self._workers.run(
-                        _crc_of_segment, segment, partition.size_bytes, meter.reader(partition)
-                    )
+                    intact = await to_the_end(self._memory_copies.intact(segment, partition, meter))
                 finally:
                     segment.readers -= 1
-                if partition.digest is not None and crc == partition.digest.crc64nvme:
+                if intact:
                     return Fetched(partition.path, Tier.MEMORY, partition.size_bytes, segment, origin=Tier.MEMORY)
                 self._metrics.verify_failures.labels("memory").inc()
                 self._catalog.set_copy(version, Tier.MEMORY, CopyState.FAILED, f"{partition.path} changed in memory")
@@ -350,13 +368,3 @@ def _folder(version: Version, source: str) -> str:
     if source:
         return layout.fetched(source, version.job, version.id, "x").removesuffix("/x")
     return layout.version_folder(version.job, version.id)
-
-
-def _crc_of_segment(segment: Segment, size_bytes: int, at: Callable[[int], None]) -> int:
-    crc = 0
-    with segment.view(size_bytes) as view:
-        for offset in range(0, size_bytes, BLOCK_BYTES):
-            with view[offset : offset + BLOCK_BYTES] as block:
-                crc = checksums.crc64nvme(block, crc)
-                at(offset + len(block))
-    return crc

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cairn_api.errors import CairnError, VersionError
+from cairn_api.errors import CairnError, UnavailableError, VersionError
 from cairn_api.names import VersionId
 from cairnd.catalog.catalog import Catalog
 from cairnd.events import EventLog
@@ -104,7 +104,7 @@ class Inventory:
         done, _ = await asyncio.wait({looking}, timeout=_PATIENCE_S)
         if done:
             return looking.result()
-        return f"tier 2 at {url} has not answered for {_PATIENCE_S:g} s; versions that only it holds are missing here"
+        return _silent(url)
 
     async def _refresh(self, job: str, url: str) -> str:
         try:
@@ -125,7 +125,7 @@ class Inventory:
             known = asyncio.ensure_future(self._jobs_of_bucket())
             if not (await asyncio.wait({known}, timeout=_PATIENCE_S))[0]:
                 known.cancel()
-                return f"tier 2 at {self._storage.default_url} has not answered for {_PATIENCE_S:g} s"
+                return _silent(self._storage.default_url)
             found = known.result()
             if isinstance(found, str):
                 return found
@@ -194,3 +194,12 @@ class Inventory:
             self._catalog.set_copy(
                 version, Tier.TIER2, CopyState.EVICTED, "another launch's version of this name is in the bucket"
             )
+
+
+def _silent(url: str) -> str:
+    return str(
+        UnavailableError(
+            f"tier 2 at {url} has not answered for {_PATIENCE_S:g} s; versions that only it holds are missing here",
+            hint="ask again; if it stays silent, look at the object store and the network between",
+        )
+    )

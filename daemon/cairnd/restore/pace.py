@@ -27,6 +27,7 @@ class Meter:
         self._bytes = {partition.path: 0 for partition in partitions}
         self._highest_bytes = 0
         self._given_up = False
+        self._digest_passes: list[tuple[int, float]] = []
 
     def reader(self, partition: Partition) -> Callable[[int], None]:
         """What a thread that reads *partition* calls with its position in bytes."""
@@ -41,6 +42,20 @@ class Meter:
         """Never falls, though a partition may be read anew from another tier."""
         self._highest_bytes = max(self._highest_bytes, sum(self._bytes.values()))
         return self._highest_bytes
+
+    def digested(self, size_bytes: int, duration_s: float) -> None:
+        """A copy of *size_bytes* had to be hashed; threads call this."""
+        self._digest_passes.append((size_bytes, duration_s))
+
+    @property
+    def digested_bytes(self) -> int:
+        """What was hashed."""
+        return sum(size_bytes for size_bytes, _ in self._digest_passes)
+
+    @property
+    def digest_s(self) -> float:
+        """Seconds that took; with partitions side by side the sum of all."""
+        return sum(duration_s for _, duration_s in self._digest_passes)
 
     def give_up(self) -> None:
         """Nobody waits any more: :meth:`check` raises from now on."""

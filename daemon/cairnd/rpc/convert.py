@@ -9,6 +9,7 @@ from cairn_api.errors import ConfigurationError
 from cairn_api.names import VersionId, check_tag, parse_version
 from cairn_api.v1 import save_pb2
 from cairn_api.v1 import types_pb2 as pb
+from cairn_api.wire import unpack_column
 from cairnd.digests import RecordTable
 from cairnd.model import CopyState, Tier, Version, VersionState
 
@@ -47,7 +48,14 @@ def seconds_from(value: float, longest_s: float = 24 * 3600.0) -> float:
 
 
 def records_from(message: save_pb2.RecordTable) -> RecordTable:
-    return RecordTable(message.offsets, message.lengths, message.descriptor_crc_offsets, message.directory_crc_offsets)
+    columns = (message.offsets, message.lengths, message.descriptor_crc_offsets, message.directory_crc_offsets)
+    try:
+        return RecordTable(*map(unpack_column, columns))
+    except ValueError as error:
+        raise ConfigurationError(
+            "a column of the record table is not a packed array of 64-bit numbers",
+            hint="save again with a client of the daemon's version; report a bug if it is",
+        ) from error
 
 
 def version_to(version: Version, *, partitions: bool) -> pb.Version:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
-from cairn_api.errors import ConfigurationError
+from cairn_api.errors import CairnError, ConfigurationError, VersionError
+from cairn_api.framing import framed
 from cairn_api.names import check_job, check_tag
 from cairn_api.v1 import restore_pb2 as pb
 from cairn_api.v1 import restore_pb2_grpc
@@ -14,13 +16,13 @@ from cairnd.catalog.catalog import Catalog
 from cairnd.catalog.jobs import JobBook
 from cairnd.catalog.leases import Leases
 from cairnd.model import CopyState, Version, VersionState
-from cairnd.restore.fetcher import Fetched, Fetcher
+from cairnd.restore.fetcher import Fetcher
 from cairnd.restore.inventory import Inventory
 from cairnd.rpc import convert
 from cairnd.rpc.server import translated, translated_stream
 from cairnd.session.clients import Client, Clients
 from cairnd.tiers.filesystem import FileSystem, read_exactly
-from cairnd.workers import Workers
+from cairnd.workers import Workers, to_the_end
 
 _SETTLE_S = 120.0
 """With the bucket's own time-outs this stays well below the clients' deadline for Resolve (300 s)."""
@@ -101,7 +103,11 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
         async with aclosing(fetch):  # a call that is cancelled ends its fetch now, not when it is collected
             async for progress in fetch:
                 message = pb.FetchProgress(
-                    done_bytes=progress.done_bytes, total_bytes=progress.total_bytes, lease=progress.lease
+                    done_bytes=progress.done_bytes,
+                    total_bytes=progress.total_bytes,
+                    lease=progress.lease,
+                    digested_bytes=progress.digested_bytes,
+                    digest_s=progress.digest_s,
                 )
                 if progress.tier is not None:
                     message.from_tier = convert.tier_to(progress.tier)
@@ -110,25 +116,41 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
                 yield message
 
     @translated_stream
-    async def Read(self, request: pb.ReadRequest, client: Client) -> AsyncIterator[pb.ReadReply]:
+    async def Read(self, request: pb.ReadRequest, client: Client) -> AsyncIterator[bytes]:
+        """Unlike the others it gives its messages as they travel: see :mod:`cairn_api.framing`."""
         lease = self._leases.get(request.lease, client.number)
         fd, fetched = await self._workers.run(self._fetcher.open, lease, request.path)
+        scratch = memoryview(bytearray(min(STREAM_CHUNK_BYTES, fetched.size_bytes)))
+
+        def read(offset: int) -> bytes:
+            chunk = scratch[: fetched.size_bytes - offset]
+            read_exactly(self._fs, fd, chunk, offset)
+            return framed(pb.ReadReply.DATA_FIELD_NUMBER, chunk)
+
+        ahead: asyncio.Task[bytes] | None = None
         try:
             for offset in range(0, fetched.size_bytes, STREAM_CHUNK_BYTES):
-                yield pb.ReadReply(data=await self._workers.run(self._chunk, fd, fetched, offset))
+                message = await (ahead or self._workers.run(read, offset))
+                following = offset + STREAM_CHUNK_BYTES
+                if following < fetched.size_bytes:  # read while this one is sent
+                    ahead = asyncio.ensure_future(self._workers.run(read, following))
+                if not self._leases.holds(lease):  # then its buffer may be filled anew
+                    raise VersionError(f"the restore of {lease.version} was given up", hint="fetch the version again")
+                yield message
         finally:
+            if ahead is not None:
+                with suppress(CairnError, OSError):  # of what nobody waits for any more
+                    await to_the_end(_ended(ahead))
             self._fs.close(fd)
-
-    def _chunk(self, fd: int, fetched: Fetched, offset: int) -> bytes:
-        chunk = bytearray(min(STREAM_CHUNK_BYTES, fetched.size_bytes - offset))
-        with memoryview(chunk) as view:
-            read_exactly(self._fs, fd, view, offset)
-        return bytes(chunk)
 
     @translated
     async def EndFetch(self, request: pb.EndFetchRequest, client: Client) -> pb.EndFetchReply:
         self._fetcher.end(self._leases.get(request.lease, client.number))
         return pb.EndFetchReply()
+
+
+async def _ended(reading: asyncio.Task[bytes]) -> None:
+    await reading
 
 
 def _check_owner(client: Client, versions: list[Version]) -> None:

@@ -12,19 +12,19 @@ from cairn_api.v1 import save_pb2_grpc, types_pb2
 from cairn_api.wire import PROTOCOL_VERSION
 from cairnd import __version__
 from cairnd.catalog.catalog import Catalog
-from cairnd.digests import BLOCK_BYTES, SealingPass
+from cairnd.digests import SealingPass
 from cairnd.model import Tier, Version, VersionState
 from cairnd.replication.bucket import EpochClaim
 from cairnd.replication.persist import Persistence
 from cairnd.replication.replicator import Replicator
 from cairnd.rpc import convert
 from cairnd.rpc.server import caller, translated
+from cairnd.rpc.spool import StreamSlots, parsed, pieces, spool
 from cairnd.rpc.status import abort, to_proto, unforeseen
 from cairnd.session.clients import Client, Clients
 from cairnd.session.launches import Launches
 from cairnd.session.memory import CaptureMemory
 from cairnd.session.saves import Saves
-from cairnd.tiers.atomic import BulkWriter
 from cairnd.upkeep.keeper import Keeper
 from cairnd.workers import Workers, to_the_end
 
@@ -61,6 +61,7 @@ class SaveService(save_pb2_grpc.SaveServicer):
         self._replicator = replicator
         self._persistence = persistence
         self._workers = workers
+        self._streams = StreamSlots()
 
     @translated
     async def Join(self, request: pb.JoinRequest, client: Client) -> pb.JoinReply:
@@ -183,18 +184,21 @@ class SaveService(save_pb2_grpc.SaveServicer):
         )
         return pb.SealReply()
 
-    async def Put(self, requests: AsyncIterator[pb.PutRequest], context: Any) -> pb.PutReply:
+    async def Put(self, requests: AsyncIterator[bytes], context: Any) -> pb.PutReply:
+        """Unlike the others it is given the messages as they came: see :mod:`cairn_api.framing`."""
         try:
-            return await self._put(requests, caller(context, self.clients))
+            client = caller(context, self.clients)
+            async with self._streams.taken(client.number):
+                return await self._put(aiter(requests), client)
         except CairnError as error:
             await abort(context, error)
         except Exception as error:  # noqa: BLE001 - as in cairnd.rpc.server
             await abort(context, unforeseen(error, "Put"))
         raise AssertionError("abort does not return")
 
-    async def _put(self, requests: AsyncIterator[pb.PutRequest], client: Client) -> pb.PutReply:
-        first = await anext(aiter(requests), None)
-        if first is None or first.WhichOneof("part") != "header":
+    async def _put(self, requests: AsyncIterator[bytes], client: Client) -> pb.PutReply:
+        first = parsed(await anext(requests, b""))
+        if first.WhichOneof("part") != "header":
             raise ConfigurationError("a stream begins with its header")
         header = first.header
         self._check_job(client, header.job)
@@ -206,7 +210,13 @@ class SaveService(save_pb2_grpc.SaveServicer):
         )
         try:
             sealing = SealingPass(header.size_bytes, records)
-            await _spool(requests, writer, sealing, self._workers)
+            await spool(
+                pieces(requests, header.size_bytes),
+                writer,
+                sealing,
+                self._workers,
+                on_block=lambda: self._saves.check_open(client, version),
+            )
             await to_the_end(self._workers.run(writer.finish))
             digest = sealing.finish()
             self._saves.end_stream(
@@ -289,34 +299,3 @@ class SaveService(save_pb2_grpc.SaveServicer):
     def _check_job(client: Client, job: str) -> None:
         if not client.job or job != client.job:
             raise ConfigurationError(f"this connection has not joined job {job!r}", hint="call Join first")
-
-
-async def _spool(
-    requests: AsyncIterator[pb.PutRequest], writer: BulkWriter, sealing: SealingPass, workers: Workers
-) -> None:
-    """Write a stream block by block; memory stays at one block however large the partition is."""
-    block, filled, offset = bytearray(BLOCK_BYTES), 0, 0
-
-    async def flush() -> None:
-        nonlocal filled, offset
-        with memoryview(block)[:filled] as view:
-            await to_the_end(workers.run(sealing.process, view, offset))
-            await to_the_end(workers.run(writer.write, view, offset))
-        offset += filled
-        filled = 0
-
-    async for request in requests:
-        data = memoryview(request.data)
-        if request.WhichOneof("part") != "data" or offset + filled + len(data) > writer.size_bytes:
-            raise ConfigurationError("the stream does not match its header", hint="send exactly size_bytes of data")
-        while data:
-            part = data[: BLOCK_BYTES - filled]
-            block[filled : filled + len(part)] = part
-            filled += len(part)
-            data = data[len(part) :]
-            if filled == BLOCK_BYTES:
-                await flush()
-    if offset + filled != writer.size_bytes:
-        raise ConfigurationError(f"the stream ended after {offset + filled} of {writer.size_bytes} bytes")
-    if filled:
-        await flush()

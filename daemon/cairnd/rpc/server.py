@@ -121,6 +121,8 @@ class RpcServer:
             ),
         )
         self._health = health.aio.HealthServicer()
+        # Before the others: whichever handler knows a call first gets it.
+        self._server.add_generic_rpc_handlers(_bulk_handlers(save, restore))
         save_pb2_grpc.add_SaveServicer_to_server(save, self._server)
         restore_pb2_grpc.add_RestoreServicer_to_server(restore, self._server)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, self._server)
@@ -148,6 +150,20 @@ class RpcServer:
         await self._server.stop(_STOP_GRACE_S)
         if self._bound:  # else the socket there is another daemon's
             self._path.unlink(missing_ok=True)
+
+
+def _bulk_handlers(save: Any, restore: Any) -> tuple[grpc.GenericRpcHandler, ...]:
+    """The two calls that carry bulk bytes, without protobuf between the handler and the stream's messages."""
+    put: grpc.RpcMethodHandler[Any, Any] = grpc.stream_unary_rpc_method_handler(
+        save.Put, request_deserializer=None, response_serializer=save_pb2.PutReply.SerializeToString
+    )
+    read: grpc.RpcMethodHandler[Any, Any] = grpc.unary_stream_rpc_method_handler(
+        restore.Read, request_deserializer=restore_pb2.ReadRequest.FromString, response_serializer=None
+    )
+    return (
+        grpc.method_handlers_generic_handler(SERVICES[0], {"Put": put}),
+        grpc.method_handlers_generic_handler(SERVICES[1], {"Read": read}),
+    )
 
 
 def remove_stale_socket(path: Path) -> None:

@@ -31,6 +31,7 @@ from cairn_api.wire import PROTOCOL_VERSION, SIDE_PACKET_BYTES, SIDE_SOCKET_NAME
 from cairnd import __version__
 from cairnd.catalog.leases import Leases
 from cairnd.restore.fetcher import Fetcher
+from cairnd.restore.memory_copies import MemoryCopies
 from cairnd.rpc.server import remove_stale_socket
 from cairnd.rpc.status import public_class, unforeseen
 from cairnd.session.clients import TOKEN_LIFETIME_S, Client, Clients
@@ -66,6 +67,7 @@ class SideSocket:
         memory: CaptureMemory,
         leases: Leases,
         fetcher: Fetcher,
+        memory_copies: MemoryCopies,
         *,
         on_gone: Callable[[Client], None],
         tier1_root: Path,
@@ -77,6 +79,7 @@ class SideSocket:
         self._memory = memory
         self._leases = leases
         self._fetcher = fetcher
+        self._memory_copies = memory_copies
         self._on_gone = on_gone
         self._tier1_root = tier1_root
         self._socket: socket.socket | None = None
@@ -279,7 +282,11 @@ class SideSocket:
             lease = self._leases.get(str(request["lease"]), client.number)
             fd, fetched = self._fetcher.open(lease, str(request["path"]))
             hint = None if fetched.segment is not None else str(self._tier1_root / fetched.key)
-            return {"size": fetched.size_bytes, "tier": str(fetched.tier), "path_hint": hint}, [fd]
+            hold = self._fetcher.hold(lease, fetched.path) if request.get("hold") is True else None
+            return {"size": fetched.size_bytes, "tier": str(fetched.tier), "path_hint": hint, "hold": hold}, [fd]
+        if request["op"] == "end_hold":
+            self._memory_copies.end_hold(client.number, str(request["hold"]))
+            return {}, []
         raise ConfigurationError(f"unknown side-socket operation {request['op']!r}")
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from cairn_api.errors import ConfigurationError, OverloadedError
 from cairn_api.names import VersionId
 from cairn_api.wire import PAGE_BYTES
+from cairnd.digests import RecordTable
 from cairnd.metrics import Metrics
 
 F_SEAL_FUTURE_WRITE = 0x0010
@@ -50,6 +51,8 @@ class Segment:
     owner: tuple[str, VersionId] | None = None
     partition: tuple[int, str] | None = None
     readers: int = 0
+    records: RecordTable | None = None
+    """The last one that was valid here. Most saves lay their bytes out as the one before did."""
 
     def view(self, size_bytes: int) -> memoryview:
         """The first *size_bytes* as a writable view; release it before the segment is closed."""

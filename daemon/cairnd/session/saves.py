@@ -179,7 +179,10 @@ class Saves:
             raise ConfigurationError(f"the capture buffer of partition {name!r} still holds another version")
         if segment.owner == owner and segment.partition != (rank, name):
             raise ConfigurationError(f"the capture buffer of partition {name!r} holds another partition")
+        if records == segment.records:
+            records = segment.records  # which was checked: the rank waits for this
         records.validate(size_bytes)
+        segment.records = records
         self._drop(save, rank, name)
         segment.owner, segment.partition = owner, (rank, name)
         save.received[rank, name] = Received(name, rank, size_bytes, tuple(globals_), segment, records)
@@ -191,6 +194,10 @@ class Saves:
         save = self._require(client, version_id)
         self._check_new(save, rank, name, size_bytes)
         return await self._reserve(save, size_bytes)
+
+    def check_open(self, client: Client, version_id: VersionId) -> None:
+        """Raises if the version accepts no more bytes, why; a sign of progress if it does."""
+        self._require(client, version_id)
 
     def end_stream(
         self,

@@ -3,6 +3,9 @@
 One pass over the bytes makes the zip's checksums true, digests them and writes them past the page cache. The order is
 the promise: data under temporary names, synced; renamed; folders synced; then the manifest, whose presence is what
 makes the version exist; then its folder. One version is written at a time: the disk is not faster with two.
+
+What training loses to this are processor seconds, so an operator may set how many threads take part and how many bytes
+per second are written. There is no setting for priority: on full cores, niceness stretches the write and saves nothing.
 """
 
 from __future__ import annotations
@@ -10,23 +13,35 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from cairn_api.errors import CairnError, InternalError, SaveFailedError
 from cairnd import layout
 from cairnd.catalog.catalog import Catalog
 from cairnd.clock import Clock
-from cairnd.digests import BLOCK_BYTES, Digest, SealingPass
+from cairnd.digests import BLOCK_BYTES
 from cairnd.events import EventLog
 from cairnd.manifest import NodeManifest
 from cairnd.metrics import Metrics
 from cairnd.model import CopyState, Partition, Tier, Version, VersionState
 from cairnd.session.clients import Clients
+from cairnd.session.draining import Draining
 from cairnd.session.saves import OpenSave, Received, Saves
+from cairnd.session.throttle import Throttle
 from cairnd.tiers.local import LocalTier
 from cairnd.workers import Workers
 
 log = logging.getLogger("cairnd")
+
+_LEAST_STEP_BYTES = 1024 * 1024
+_STEPS_PER_S = 10
+"""With a limit, the bytes of a second are written in this many steps."""
+
+
+def write_lanes(drain_threads: int) -> int:
+    """How many partitions *drain_threads* bring along at once: one thread writes each, another digests it."""
+    return max(1, drain_threads // 2)
 
 
 class Tier1Writer:
@@ -45,7 +60,10 @@ class Tier1Writer:
         *,
         on_published: Callable[[Version], None],
         protect: bool,
+        threads: int = 2,
+        bytes_per_s: int = 0,
     ) -> None:
+        """*threads* of 1 digests and writes by turns. *bytes_per_s* of 0 is no limit."""
         self._node = node
         self._catalog = catalog
         self._tier1 = tier1
@@ -56,6 +74,9 @@ class Tier1Writer:
         self._metrics = metrics
         self._on_published = on_published
         self._protect = protect
+        self._lanes = asyncio.Semaphore(write_lanes(threads))
+        self._digesting = ThreadPoolExecutor(write_lanes(threads), "cairnd-digest") if threads > 1 else None
+        self._throttle = Throttle(clock, bytes_per_s)
         self._queue: asyncio.Queue[OpenSave] = asyncio.Queue()
 
     def put(self, save: OpenSave) -> None:
@@ -88,30 +109,51 @@ class Tier1Writer:
             self._catalog.move(version, state, bytes=version.size_bytes)
             self._on_published(version)
 
+    def close(self) -> None:
+        """Start no more digests."""
+        if self._digesting is not None:
+            self._digesting.shutdown(wait=False, cancel_futures=True)
+
     async def _write(self, save: OpenSave) -> tuple[Partition, ...]:
         version = save.version
-        partitions = []
-        for partition in save.partitions():
-            item = save.received[partition.rank, partition.name]
-            digest = item.digest or await self._workers.run(self._write_partition, item)
-            partitions.append(replace(partition, digest=digest))
-        manifest = NodeManifest.of(version, self._node, tuple(partitions))
+        partitions = save.partitions()
+        items = [save.received[partition.rank, partition.name] for partition in partitions]
+        # All of them end before a failure is told: no thread uses a file any more that is given up then.
+        failures: list[Exception] = []
+        await asyncio.gather(*(self._drain(item, failures) for item in items))
+        try:
+            if failures:
+                raise failures[0]
+        finally:
+            failures.clear()  # an error that holds itself would hold the buffer, until the next collection
+        digested = [replace(part, digest=item.digest) for part, item in zip(partitions, items, strict=True)]
+        manifest = NodeManifest.of(version, self._node, tuple(digested))
         await self._workers.run(self._publish, save, manifest)
         return manifest.partitions
 
-    @staticmethod
-    def _write_partition(item: Received) -> Digest:
-        assert item.segment is not None, "a partition without a digest lies in a segment"
-        if item.writer is None:
-            raise InternalError(f"partition {item.name!r} was sealed without a place in tier 1")
-        sealing = SealingPass(item.size_bytes, item.records)
-        with item.segment.view(item.size_bytes) as view:
-            for offset in range(0, item.size_bytes, BLOCK_BYTES):
-                with view[offset : offset + BLOCK_BYTES] as block:
-                    sealing.process(block, offset)
-                    item.writer.write(block, offset)
-        item.writer.finish()
-        return sealing.finish()
+    async def _drain(self, item: Received, failures: list[Exception]) -> None:
+        """Write one partition, unless it came as a stream, and note its digest; adds to *failures*, and heeds them."""
+        if item.digest is not None:
+            return
+        async with self._lanes:
+            try:
+                draining = Draining(item, self._digesting)
+                step_bytes = self._step_bytes(item.size_bytes)
+                for start in range(0, item.size_bytes, step_bytes):
+                    if failures:
+                        return
+                    stop = min(start + step_bytes, item.size_bytes)
+                    await self._throttle.take(stop - start)
+                    await self._workers.run(draining.write, start, stop)
+                item.digest = await self._workers.run(draining.finish)
+            except Exception as error:  # noqa: BLE001 - told by the caller
+                failures.append(error)
+
+    def _step_bytes(self, size_bytes: int) -> int:
+        if not self._throttle.bytes_per_s:
+            return size_bytes
+        step_bytes = self._throttle.bytes_per_s // _STEPS_PER_S // _LEAST_STEP_BYTES * _LEAST_STEP_BYTES
+        return max(_LEAST_STEP_BYTES, min(step_bytes, BLOCK_BYTES))
 
     def _publish(self, save: OpenSave, manifest: NodeManifest) -> None:
         publish_version(

@@ -68,13 +68,19 @@ def write_temporary(fs: FileSystem, path: Path, data: bytes, *, mode: int = DATA
 
 
 def make_folders(
-    fs: FileSystem, root: Path, relative: str, mode: int = FOLDER_MODE, *, durable: set[str] | None = None
+    fs: FileSystem,
+    root: Path,
+    relative: str,
+    mode: int = FOLDER_MODE,
+    *,
+    durable: set[str] | None = None,
+    sync: bool = True,
 ) -> None:
     """Make each folder of *relative* below *root*, syncing the parent of each, so that all names survive a crash.
 
     A folder that exists may have been made a moment ago by a process that then died, so its parent is synced too,
-    unless *durable* (the relative names that this process has synced; extended here) holds it. Raises
-    :class:`ConfigurationError` when a file or a symbolic link stands in the way.
+    unless *durable* (the relative names that this process has synced; extended here) holds it. Without *sync* nothing
+    is synced, for temporary files. Raises :class:`ConfigurationError` when a file or a symbolic link stands in the way.
     """
     known = durable if durable is not None else set()
     parent, name = root, ""
@@ -84,8 +90,9 @@ def make_folders(
         if name not in known:
             with explained("make the folder", path):
                 _make_folder(fs, path, mode)
-                fs.fsync_folder(parent)
-            known.add(name)
+                if sync:
+                    fs.fsync_folder(parent)
+                    known.add(name)
         parent = path
 
 

@@ -17,6 +17,7 @@ import struct
 from typing import NamedTuple, Protocol
 
 from cairn_api.errors import VersionError
+from cairn_api.wire import PAGE_BYTES
 
 AnyPath = str | os.PathLike[str]
 
@@ -227,6 +228,25 @@ def read_exactly(fs: FileSystem, fd: int, buffer: memoryview, offset: int) -> No
             )
         buffer = buffer[count:]
         offset += count
+
+
+def read_direct(fs: FileSystem, fd: int, buffer: memoryview, offset: int, size_bytes: int) -> None:
+    """Read *size_bytes* at *offset* into *buffer* from a file that was opened with O_DIRECT.
+
+    The buffer is page-aligned and has whole pages, and *offset* is a multiple of their size. Raises
+    :class:`VersionError` when the file ends before.
+    """
+    filled = 0
+    while filled < size_bytes:
+        count = fs.pread_into(fd, buffer[filled : -(-size_bytes // PAGE_BYTES) * PAGE_BYTES], offset + filled)
+        if count < min(PAGE_BYTES, size_bytes - filled):
+            raise VersionError(
+                f"a file ends at {offset + filled + count}, before its expected end",
+                hint="run `cairn verify` on the version",
+            )
+        filled += count
+        if filled < size_bytes:
+            filled -= filled % PAGE_BYTES  # a short read may end anywhere
 
 
 def is_folder(result: os.stat_result) -> bool:

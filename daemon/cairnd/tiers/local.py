@@ -42,9 +42,13 @@ class LocalTier:
         self._durable_folders: set[str] = set()
 
     def begin(self, key: str, temp_key: str, size_bytes: int) -> atomic.BulkWriter:
-        """Start a large file that will become *key*, at *temp_key*; makes the folders of both, reserves the space."""
-        self._make_folder_of(key)
-        self._make_folder_of(temp_key)
+        """Start a large file that will become *key*, at *temp_key*; makes the folders of both, reserves the space.
+
+        Training waits for this, and a temporary file need not survive a power cut: the folders are synced by
+        :meth:`publish`.
+        """
+        self._make_folder_of(key, sync=False)
+        self._make_folder_of(temp_key, sync=False)
         return atomic.BulkWriter(self._fs, self._path(temp_key), size_bytes)
 
     def publish(self, writer: atomic.BulkWriter, key: str) -> None:
@@ -203,9 +207,9 @@ class LocalTier:
                     raise OSError(errno.ENOTDIR, "not a folder")
         return self.root.joinpath(*folders, name)
 
-    def _make_folder_of(self, key: str) -> None:
+    def _make_folder_of(self, key: str, *, sync: bool = True) -> None:
         folder = check_key(key).rpartition("/")[0]
-        atomic.make_folders(self._fs, self.root, folder, durable=self._durable_folders)
+        atomic.make_folders(self._fs, self.root, folder, durable=self._durable_folders, sync=sync)
 
     def _hand_over(self, path: Path, gid: int, *, everything: bool) -> None:
         found = self._fs.lstat(path)

@@ -36,6 +36,12 @@ class Capabilities(NamedTuple):
     ranged_reads: bool
     """Whether :meth:`ObjectStore.read_into` fetches only what it is asked for."""
 
+    checks_source: bool = False
+    """Whether :meth:`ObjectStore.upload` compares all that it reads with the source's digest before the object appears.
+
+    If so, nobody needs to read the source first.
+    """
+
 
 class BinarySource(NamedTuple):
     """What to upload: a file, by path or by a descriptor that stays the caller's, of exactly *size_bytes*.
@@ -88,8 +94,9 @@ class ObjectStore(Protocol):
         *progress* is told how many bytes were sent so far. *cancelled* is asked every now and then; once it says yes,
         :class:`~cairnd.tiers.errors.UploadCancelledError` is raised. After *deadline_s* seconds ``UnavailableError``
         is raised, if need be a few seconds later, spent on cleaning up. The object appears whole or not at all: a
-        source that is shorter or longer than it says raises ``VersionError``, and whatever the failure, no part stays
-        behind (if the store can then be told so; else :meth:`abort_stale_uploads` finds it).
+        source that is shorter or longer than it says, that cannot be read or (see :attr:`Capabilities.checks_source`)
+        does not match its digest raises ``VersionError``, and whatever the failure, no part stays behind (if the store
+        can then be told so; else :meth:`abort_stale_uploads` finds it).
         """
 
     def get(self, key: str, max_bytes: int) -> bytes:

@@ -9,10 +9,12 @@ import pytest
 from cairn_api.errors import ConfigurationError, UnavailableError
 from cairnd import layout
 from cairnd.metrics import Metrics
+from cairnd.replication.bucket import BucketRepository
 from cairnd.replication.storage import Storage
+from cairnd.restore import inventory
 from cairnd.tiers.object_store import Capabilities, ObjectStore
 from tests.daemon.conftest import MakeLab
-from tests.daemon.lab import Lab
+from tests.daemon.lab import JOB, Lab, Rank
 from tests.daemon.replication.stores import LosesReplies
 
 
@@ -67,6 +69,25 @@ async def test_a_caller_that_gives_up_does_not_disturb_the_probe(lab: Lab) -> No
         await asyncio.gather(asking, return_exceptions=True)
         await storage.bucket(url)
         assert storage.health[url].conditional_put
+
+
+async def test_a_location_that_does_not_answer_is_told_with_the_next_step(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await Rank.launch(lab)
+    answers = asyncio.Event()
+
+    async def silent(url: str) -> BucketRepository:
+        await answers.wait()
+        raise UnavailableError(f"{url} is away")
+
+    monkeypatch.setattr(inventory, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(lab.app.storage, "bucket", silent)
+    told = [await lab.app.inventory.refresh(JOB), await lab.app.inventory.refresh_all()]
+    answers.set()
+    for error in told:
+        assert "has not answered" in error
+        assert "Next step: " in error
 
 
 @pytest.mark.parametrize("climbing", ["/%2e%2e/%2e%2e/etc", "/../etc", "/./../x", "\\..\\etc"])

@@ -399,9 +399,9 @@ async def test_a_file_is_hashed_once_per_start_or_at_every_load(make_lab: MakeLa
     hashed: list[str] = []
     real = lab.app.verified._digest
 
-    def counted(key: str, progress: Callable[[int], None] | None) -> Digest:
+    def counted(key: str, size_bytes: int, progress: Callable[[int], None]) -> Digest:
         hashed.append(key)
-        return real(key, progress)
+        return real(key, size_bytes, progress)
 
     lab.app.verified._digest = counted  # type: ignore[method-assign]
     for _ in range(3):

@@ -29,7 +29,7 @@ class Gated(LosesReplies):
         self.gate = threading.Semaphore(0)
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
-        assert self.gate.acquire(timeout=20)
+        assert self.gate.acquire(timeout=60)
         super().read_into(key, offset, buffer)
 
 

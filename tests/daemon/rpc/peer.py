@@ -25,7 +25,7 @@ from cairn_api.wire import (
     TOKEN_METADATA,
 )
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 _SETRESUID = {"x86_64": 117, "aarch64": 147}.get(platform.machine(), -1)
 
 

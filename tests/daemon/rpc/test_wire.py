@@ -12,6 +12,7 @@ import pytest
 
 from cairn_api.names import VersionId
 from cairn_api.v1 import admin_pb2, restore_pb2, save_pb2, types_pb2
+from cairn_api.wire import pack_column
 from cairnd.digests import BLOCK_BYTES
 from cairnd.model import CopyState, Tier, VersionState
 from cairnd.rpc import convert
@@ -57,8 +58,12 @@ async def offer(peer: Peer, data: bytes) -> str:
 def seal(version: VersionId, name: str, segment: str, size_bytes: int, **records: list[int]) -> save_pb2.SealRequest:
     return save_pb2.SealRequest(
         job=JOB, id=convert.id_to(version), name=name, segment=segment, size_bytes=size_bytes,
-        records=save_pb2.RecordTable(**records),
+        records=table(records),
     )  # fmt: skip
+
+
+def table(columns: dict[str, list[int]]) -> save_pb2.RecordTable:
+    return save_pb2.RecordTable(**{name: pack_column(numbers) for name, numbers in columns.items()})
 
 
 def header(version: VersionId, name: str, size_bytes: int) -> save_pb2.PutRequest:
@@ -169,8 +174,11 @@ async def test_hostile_record_tables_are_refused(lab: Lab, make_peer: MakePeer, 
     await refused(peer.call(peer.saving.Seal, seal(version, "a", segment, len(DATA), **records)), "record table")
     assert lab.app.memory.segments[segment].owner is None
     put = header(version, "b", len(DATA))
-    put.header.records.CopyFrom(save_pb2.RecordTable(**records))
+    put.header.records.CopyFrom(table(records))
     await refused(peer.put(put, piece(DATA)), "record table")
+    half = seal(version, "a", segment, len(DATA))
+    half.records.offsets = bytes(12)
+    await refused(peer.call(peer.saving.Seal, half), "record table")
     await peer.call(peer.saving.Seal, seal(version, "a", segment, len(DATA)))
 
 

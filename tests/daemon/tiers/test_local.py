@@ -171,7 +171,7 @@ def test_a_folder_can_be_made_again_after_its_tree_was_deleted(tier: LocalTier, 
     tier.delete_tree("v")
     fs.calls.clear()
     save(tier, "v/sub/a", b"y")
-    assert fs.names("mkdir") == ["v", "v/sub"]
+    assert {"v", "v/sub"} <= set(fs.names("mkdir"))
     assert durability_gaps(fs.calls) == []
 
 

@@ -2,11 +2,16 @@
 
 An object is written under a temporary name beside its final one, synced, and then renamed (put, upload) or linked (put
 if absent: ``link`` fails when the name exists, on every POSIX file system). Names are synced before success is told.
+
+An upload is one pass around the page cache: read, compare with the digest, write. Having the kernel copy or share the
+blocks (``copy_file_range``, reflinks) would leave the bytes unread, so a rotten source would become a rotten object; on
+file systems without reflinks it also goes through the page cache, which costs several times the processor time.
 """
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import secrets
 import time
@@ -16,21 +21,25 @@ from pathlib import Path
 from typing import TypeVar
 
 from cairn_api.errors import ConfigurationError, UnavailableError, VersionError
+from cairn_api.wire import PAGE_BYTES
+from cairnd.digests import digest_of
 from cairnd.tiers import atomic
 from cairnd.tiers.errors import NotFoundError, UploadCancelledError, explained
-from cairnd.tiers.filesystem import FileSystem, is_file, is_folder, read_exactly
+from cairnd.tiers.filesystem import FileSystem, is_file, is_folder, read_direct, read_exactly
 from cairnd.tiers.keys import check_key, check_prefix
 from cairnd.tiers.object_store import BinarySource, Capabilities, ObjectInfo
 
 _TEMPORARY_PREFIX = ".upload-"
-_COPY_BYTES = 4 * 1024 * 1024
+_COPY_BYTES = 8 * 1024 * 1024
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _KEEPS_FOLDER = (
     errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EBUSY,  # it is used, gone, or no folder
     errno.EROFS, errno.EACCES, errno.EPERM,  # an empty folder more does no harm
 )  # fmt: skip
 _FOLDER_ATTEMPTS = 5
+_NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 _Made = TypeVar("_Made")
+_Read = Callable[[memoryview, int, int], None]
 
 
 class FileStore:
@@ -39,7 +48,7 @@ class FileStore:
     def __init__(self, fs: FileSystem, root: Path) -> None:
         self._fs = fs
         self._root = root
-        self._capabilities = Capabilities("file", conditional_put=True, ranged_reads=True)
+        self._capabilities = Capabilities("file", conditional_put=True, ranged_reads=True, checks_source=True)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -88,24 +97,26 @@ class FileStore:
         deadline_s: float,
     ) -> None:
         until_s = time.monotonic() + deadline_s
+
+        def go_on() -> None:
+            if cancelled():
+                raise UploadCancelledError(f"the upload of {key} was cancelled")
+            if time.monotonic() > until_s:
+                raise UnavailableError(
+                    f"the upload of {key} was not done after {deadline_s:g} s",
+                    hint="look at the speed of the file system that holds persistent_storage_path",
+                )
+
         with (
-            self._opened(source) as fd,
+            self._opened(source) as read,
             self._staged(key, lambda path: atomic.BulkWriter(self._fs, path, source.size_bytes)) as (writer, _, final),
         ):
             try:
-                buffer = memoryview(bytearray(min(_COPY_BYTES, source.size_bytes)))
-                for offset in range(0, source.size_bytes, _COPY_BYTES):
-                    if cancelled():
-                        raise UploadCancelledError(f"the upload of {key} was cancelled")
-                    if time.monotonic() > until_s:
-                        raise UnavailableError(
-                            f"the upload of {key} was not done after {deadline_s:g} s",
-                            hint="look at the speed of the file system that holds persistent_storage_path",
-                        )
-                    part = buffer[: min(_COPY_BYTES, source.size_bytes - offset)]
-                    read_exactly(self._fs, fd, part, offset)
-                    writer.write(part, offset)
-                    progress(offset + len(part))
+                digest = digest_of(_copied(source.size_bytes, read, writer, progress, go_on))
+                if source.digest is not None and digest != source.digest:
+                    raise VersionError(
+                        f"what was to become {key} does not match its digest", hint="run `cairn verify` on the version"
+                    )
                 writer.finish()
                 writer.publish(final)
             except BaseException:
@@ -223,19 +234,35 @@ class FileStore:
         atomic.make_folders(self._fs, existing, missing.relative_to(existing).as_posix())
 
     @contextmanager
-    def _opened(self, source: BinarySource) -> Iterator[int]:
-        """A descriptor of the source, which is checked to have the size that it says."""
+    def _opened(self, source: BinarySource) -> Iterator[_Read]:
+        """What reads the source, which is checked to have the size that it says, around the page cache if possible."""
+        # A descriptor is opened anew: the flag belongs to whoever opened it, and this one is not ours.
+        path = source.file if isinstance(source.file, Path) else Path(f"/proc/self/fd/{source.file}")
         name = os.fspath(source.file) if isinstance(source.file, Path) else f"descriptor {source.file}"
         with explained("read", name):
-            fd = source.file if isinstance(source.file, int) else self._fs.open(source.file, os.O_RDONLY)
+            try:
+                fd, direct = self._fs.open(path, os.O_RDONLY | os.O_DIRECT), True
+            except OSError as error:
+                if error.errno not in _NO_DIRECT:
+                    raise
+                fd, direct = self._fs.open(path, os.O_RDONLY), False
+
+        def read(buffer: memoryview, offset: int, size_bytes: int) -> None:
+            try:
+                if direct:
+                    read_direct(self._fs, fd, buffer, offset, size_bytes)
+                else:
+                    read_exactly(self._fs, fd, buffer[:size_bytes], offset)
+            except OSError as error:
+                raise VersionError(f"{name} cannot be read: {error}", hint="look at its disk") from error
+
         try:
             size_bytes = self._fs.fstat(fd).st_size
             if size_bytes != source.size_bytes:
                 raise VersionError(f"{name} has {size_bytes} bytes instead of {source.size_bytes}")
-            yield fd
+            yield read
         finally:
-            if not isinstance(source.file, int):
-                self._fs.close(fd)
+            self._fs.close(fd)
 
     @contextmanager
     def _reading(self, key: str) -> Iterator[int]:
@@ -288,3 +315,24 @@ class FileStore:
                     return
                 raise
             folder = folder.parent
+
+
+def _copied(
+    size_bytes: int,
+    read: _Read,
+    writer: atomic.BulkWriter,
+    progress: Callable[[int], None],
+    go_on: Callable[[], None],
+) -> Iterator[memoryview]:
+    """Copy block by block; each is given out when it is written."""
+    if not size_bytes:
+        return
+    # Not closed by hand: an error that is being reported still holds views of it.
+    buffer = memoryview(mmap.mmap(-1, min(_COPY_BYTES, -(-size_bytes // PAGE_BYTES) * PAGE_BYTES)))
+    for offset in range(0, size_bytes, _COPY_BYTES):
+        go_on()
+        length = min(_COPY_BYTES, size_bytes - offset)
+        read(buffer, offset, length)
+        writer.write(buffer[:length], offset)
+        yield buffer[:length]
+        progress(offset + length)
