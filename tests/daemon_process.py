@@ -15,7 +15,7 @@ from typing import Self
 
 from cairn_api.wire import GRPC_SOCKET_NAME, SIDE_SOCKET_NAME
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
 
 

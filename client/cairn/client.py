@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from cairn.choice import Candidate, Choice, Reads, every_partition, parse_request
 from cairn.load import Loader, Restored, named
@@ -20,6 +20,9 @@ from cairn.settings import ClientSettings, Durability, load_settings
 from cairn.transport.messages import Joined, Progress
 from cairn_api.errors import ConfigurationError, UnavailableError, VersionError
 from cairn_api.names import VersionId, parse_version
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("cairn")
 
@@ -118,14 +121,45 @@ class Client:
         self._check_open()
         return self._saver.create(tag, save_dir=save_dir, file_marks=file_marks, raise_immediately=raise_immediately)
 
-    def preallocate(self, sizes: Mapping[str, int]) -> None:
-        """Make the buffers of the first save ahead of it, in the background: *sizes* in bytes by partition name.
+    def preallocate(self, states: Mapping[str, object]) -> None:
+        """Make the ``buffers`` of the first saves ahead of them, in the background. Not collective.
 
-        A size may be a little larger than the partition. Without this the first save makes them itself, at several
-        times the cost of a later save. Not collective.
+        *states* gives for each partition the state that will be saved, which is measured and not copied, or its size in
+        bytes, which may be somewhat too large. Without this the first save makes its buffers itself, at several times
+        the cost of a later save; a save that comes too early waits for the one that is being made.
+
+        Raises :class:`ConfigurationError` for a state that cannot be saved.
         """
         self._check_open()
-        self._saver.prefault(sizes)
+        self._saver.prefault(states)
+
+    def guard(self, optimizer: torch.optim.Optimizer, also: Callable[[], Iterable[torch.Tensor]] = tuple) -> None:
+        """Let overlapped capture copy what *optimizer* trains, and its state, while training goes on. Not collective.
+
+        The caller promises that from a save until the next ``optimizer.step()`` (or :meth:`wait_copied`) nothing
+        changes these tensors; the step waits until they are copied. *also* returns further tensors of which the same
+        holds. A change that PyTorch counts is noticed and fails the save. One made through ``.data`` or by another
+        library is not noticed, nor is a step that was compiled or recorded without its hooks.
+
+        Raises :class:`ConfigurationError` for anything but a ``torch.optim.Optimizer``. Without effect unless the
+        setting ``capture`` is ``overlapped``.
+        """
+        self._check_open()
+        self._session.overlap.guard(optimizer, also)
+
+    def wait_copied(self) -> None:
+        """Wait until every byte of the saves so far is copied: before changing guarded tensors other than by a step.
+
+        Returns at once unless overlapped capture is still copying. Not collective.
+        """
+        self._session.overlap.wait_copied()
+
+    def settle(self) -> None:
+        """Wait until the saves so far are committed, or have failed, which the next call raises. Not collective.
+
+        Returns at once unless the end of an overlapped save is still pending.
+        """
+        self._session.background.settle()
 
     def wait(self, version: str | VersionId, durability: str = Durability.TIER2, timeout: float = 600.0) -> VersionId:
         """Wait until a version (or the newest of a tag) has reached *durability*, at most *timeout* seconds.
@@ -136,8 +170,14 @@ class Client:
         """
         self._check_open()
         level = _durability(durability)
-        wanted = self._find(version)
         deadline_s = time.monotonic() + timeout
+        if not self._session.background.settle(timeout):
+            raise UnavailableError(
+                f"the save before this call was not finished within {timeout:g} s",
+                hint="another rank may be slower or gone; see commit_timeout_s",
+            )
+        self._raise_background(tier2_too=False)
+        wanted = self._find(version)
         while True:
             left_s = max(0.0, deadline_s - time.monotonic())
             if self._session.saving.wait(wanted, level, min(left_s, _WAIT_STEP_S)):
@@ -157,13 +197,20 @@ class Client:
     # Loading
 
     def load(
-        self, version: str | VersionId, name: str, map_location: Any = None, weights_only: bool | None = None
+        self,
+        version: str | VersionId,
+        name: str,
+        map_location: Any = None,
+        weights_only: bool | None = None,
+        *,
+        into: Any = None,
     ) -> Any:
         """Load partition *name* of the newest version of a tag, or of exactly one version (collective).
 
         Each rank gets the partition that it saved itself, else the one a lower rank saved under that name.
-        *weights_only* None means the setting. Raises :class:`VersionError` when no such version can be read by all
-        ranks; another tag is never loaded instead.
+        *weights_only* None means the setting. With *into*, a state of the same structure, the values are copied into
+        its tensors (see :meth:`cairn.load.Restored.load`). Raises :class:`VersionError` when no such version can be
+        read by all ranks; another tag is never loaded instead.
         """
         restored = self.restore(str(version), reads=named(name))
         if restored is None:
@@ -171,7 +218,7 @@ class Client:
         with restored:
             safe = self.settings.weights_only if weights_only is None else weights_only
             path = restored.path_of(name, self.ranks.rank)
-            return restored.load(path, map_location=map_location, weights_only=safe)
+            return restored.load(path, map_location=map_location, weights_only=safe, into=into)
 
     def latest(self) -> VersionId | None:
         """The newest version that every rank can restore completely, or None when none exists anywhere (collective).
@@ -184,7 +231,7 @@ class Client:
     def versions(self, source: str | None = None) -> list[dict[str, Any]]:
         """What this node's daemon could restore, newest first, each with ``version``, ``state``, ``tiers``,
         ``partitions`` and more (see ``cairn.choice``). Not collective."""
-        self._check_open()
+        self._check_ready()
         return list(self._loader.versions(self._source(source)))
 
     def choose(
@@ -202,7 +249,7 @@ class Client:
         ``load_path`` by default). *reads* tells which partitions each rank will read: a version counts only if every
         rank can reach its own. None means that no version exists anywhere.
         """
-        self._check_open()
+        self._check_ready()
         return self._loader.choose(
             None if version is None else str(version), save_dir=save_dir, source=self._source(source), reads=reads
         )
@@ -216,7 +263,7 @@ class Client:
         progress: Callable[[Progress], None] = lambda progress: None,  # noqa: ARG005 - nobody watches
     ) -> Restored:
         """Bring *paths* of a chosen version near and verify them; no path means all. Not collective."""
-        self._check_open()
+        self._check_ready()
         candidate = version.candidate if isinstance(version, Choice) else version
         return self._loader.fetch(candidate, paths, source=self._source(source), progress=progress)
 
@@ -233,7 +280,7 @@ class Client:
 
         The last version restored is what the launch's epoch is recorded to have resumed from.
         """
-        self._check_open()
+        self._check_ready()
         return self._loader.restore(
             None if version is None else str(version),
             save_dir=save_dir,
@@ -251,7 +298,8 @@ class Client:
     def close(self) -> None:
         """Leave the daemon, aborting a save that is still open. Takes a few seconds at most.
 
-        Committed versions are finished by the daemon. Raises what failed in the background and was not raised yet.
+        Committed versions are finished by the daemon; with overlapped capture the last commit is waited for. Raises
+        what failed in the background and was not raised yet.
         """
         if self._closed:
             return
@@ -282,6 +330,11 @@ class Client:
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigurationError("this Cairn client is closed", hint="connect again")
+
+    def _check_ready(self) -> None:
+        """As :meth:`_check_open`, and what was saved before the call counts as saved."""
+        self._check_open()
+        self.settle()
 
     def _raise_background(self, *, tier2_too: bool) -> None:
         failure = self._session.take_failure(tier2_too=tier2_too)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the client connected. Changed by the training thread only."""
+    """Totals since the client connected. Changed by the training thread and, while it goes on, by the end of a save."""
 
     saves: int = 0
     """Versions that were committed."""
@@ -25,17 +25,24 @@ class Counters:
     captured_bytes: int = 0
     stall_s: float = 0.0
     """Seconds that the training thread spent in create, save and commit."""
+    overlapped_partitions: int = 0
+    """Part of their bytes was copied while training went on."""
+    late_bytes: int = 0
+    """Bytes copied while training went on; ``captured_bytes`` counts them too."""
+    step_wait_s: float = 0.0
+    """Seconds that steps of guarded optimizers waited for such copies."""
     reconnects: int = 0
     loads: int = 0
 
     @contextmanager
-    def stall(self) -> Iterator[None]:
-        """Counts the time that the training thread spends in the block."""
+    def stall(self, *, counted: bool = True) -> Iterator[None]:
+        """Counts the time that the training thread spends in the block, unless another thread is in it."""
         start_s = time.perf_counter()
         try:
             yield
         finally:
-            self.stall_s += time.perf_counter() - start_s
+            if counted:
+                self.stall_s += time.perf_counter() - start_s
 
     def as_dict(self) -> dict[str, int | float]:
         """All counters by name."""

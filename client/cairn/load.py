@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -50,6 +51,16 @@ class Restored:
         """Where the bytes came from: memory, tier1 or tier2."""
         return self._fetched.from_tier
 
+    @property
+    def digested_bytes(self) -> int:
+        """How many bytes the daemon hashed for this fetch: each copy once after its start, or at every load."""
+        return self._fetched.digested_bytes
+
+    @property
+    def digest_s(self) -> float:
+        """Seconds of the fetch that went into that, reading included."""
+        return self._fetched.digest_s
+
     def path_of(self, name: str, rank: int) -> str:
         """Where *rank* finds *name*. Raises :class:`VersionError` when the version does not have it."""
         path = self.candidate.path_of(name, rank)
@@ -60,25 +71,52 @@ class Restored:
             )
         return path
 
-    def load(self, path: str, *, map_location: Any = None, weights_only: bool = True) -> Any:
+    def load(self, path: str, *, map_location: Any = None, weights_only: bool = True, into: Any = None) -> Any:
         """``torch.load`` of a fetched partition.
 
-        From tier 1 the tensors are mapped, not read: they stay valid after :meth:`close`, and writing to them changes
-        only this process's copy. From memory they are copied, because the buffer will be used for the next save.
-        """
-        from cairn.capture.globals import load  # noqa: PLC0415 - needs torch
+        The tensors are mapped, not read: they stay valid after :meth:`close`, and writing to them changes only this
+        process's copy. From memory they are copied when the buffer will be used for a next save, or when the daemon
+        cannot spare it as long as the tensors live.
 
-        with self._reader(path) as (file, mappable):
-            if mappable is not None:
-                return load(mappable, map_location=map_location, weights_only=weights_only, mmap=True)
-            return load(file, map_location=map_location, weights_only=weights_only)
+        With *into*, a state of the same structure, the values go into its tensors instead, and what is returned holds
+        these: several times faster than new memory, and *map_location* does not matter. Raises
+        :class:`ConfigurationError` when the structure, a shape or a dtype differs; nothing was changed then.
+        """
+        if path not in self._fetched.ready:
+            raise ConfigurationError(f"partition {path!r} was not fetched", hint=f"fetched were: {self.paths}")
+        from cairn.image import Image  # noqa: PLC0415 - needs torch
+        from cairn.live import copy_into  # noqa: PLC0415 - needs torch
+
+        if self._streamed:
+            location = map_location if into is None else "cpu"
+            loaded = Image(self._received(path)).load(map_location=location, weights_only=weights_only)
+            return loaded if into is None else copy_into(loaded, into)
+        opened = self._calls.open(self._fetched.lease, path, hold=into is None)
+        try:
+            if into is not None:
+                # The lease keeps the bytes as they are meanwhile, and nothing of this mapping remains.
+                image = Image.mapped(opened.fd, opened.size_bytes)
+                loaded = image.load(map_location="cpu", weights_only=weights_only, own_bytes=0)
+                return copy_into(loaded, into, fd=opened.fd, address=image.address, size_bytes=image.size_bytes)
+            if opened.mappable:
+                image = Image.mapped(opened.fd, opened.size_bytes)
+            else:
+                image = Image.copied(opened.fd, opened.size_bytes)
+            if opened.hold is not None:
+                self._calls.end_hold_with(image.memory, opened.hold)
+            return image.load(map_location=map_location, weights_only=weights_only)
+        finally:
+            os.close(opened.fd)
 
     def open(self, path: str) -> BinaryIO:
         """The bytes of a fetched partition as a seekable file; valid after :meth:`close` unless they are streamed."""
         if self._streamed:
-            return io.BytesIO(b"".join(self._calls.read(self._fetched.lease, path)))
+            return cast("BinaryIO", self._received(path))
         opened = self._calls.open(self._fetched.lease, path)
         return cast("BinaryIO", io.BufferedReader(_Part(opened)))
+
+    def _received(self, path: str) -> mmap.mmap:
+        return self._calls.read(self._fetched.lease, path, self._fetched.ready[path].size_bytes)
 
     def close(self) -> None:
         """End the protection of the version against deletion."""
@@ -87,14 +125,6 @@ class Restored:
         except CairnError as error:
             log.info("a fetch could not be ended, its lease will end by itself: %s", error)
 
-    def _reader(self, path: str) -> _Reader:
-        if path not in self._fetched.ready:
-            raise ConfigurationError(f"partition {path!r} was not fetched", hint=f"fetched were: {self.paths}")
-        if self._streamed:
-            return _Reader(self.open(path), None)
-        opened = self._calls.open(self._fetched.lease, path)
-        return _Reader(_Part(opened), _mappable(opened))
-
     def __enter__(self) -> Self:
         return self
 
@@ -102,20 +132,6 @@ class Restored:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Reader:
-    """An open partition: a file, and a path that can be mapped when there is one."""
-
-    def __init__(self, file: Any, mappable: str | None) -> None:
-        self._file = file
-        self._mappable = mappable
-
-    def __enter__(self) -> tuple[Any, str | None]:
-        return self._file, self._mappable
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 class _Part(io.RawIOBase):
@@ -153,17 +169,6 @@ class _Part(io.RawIOBase):
         if not self.closed:
             os.close(self._fd)
         super().close()
-
-
-def _mappable(opened: Opened) -> str | None:
-    """A path under which torch can map the partition, or None. Memory is never mapped: its buffer will be reused."""
-    if opened.tier == "memory":
-        return None
-    for path in (f"/proc/self/fd/{opened.fd}", opened.path_hint):
-        # Another user's file can be read through the descriptor that was passed, but perhaps not opened again.
-        if path is not None and os.access(path, os.R_OK):
-            return path
-    return None
 
 
 class Loader:
@@ -216,6 +221,10 @@ class Loader:
         """See :meth:`cairn.Client.fetch`."""
         session = self._session
         fetched = session.restoring.fetch(candidate.version, sorted(set(paths)), source, progress)
+        if fetched.digested_bytes:
+            log.info(
+                "%s: digest pass over %d bytes, %.2f s", candidate.version, fetched.digested_bytes, fetched.digest_s
+            )
         return Restored(session.restoring, candidate, fetched, streamed=session.settings.transport == "stream")
 
     def restore(

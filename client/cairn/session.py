@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable, Mapping
 
 from cairn.agreement import check_same, error_to_json, first_error
+from cairn.background import Background, RanksInTurn
 from cairn.counters import Counters
 from cairn.launch import Launch, repeat_claim
+from cairn.overlap import Overlap
 from cairn.ranks import Ranks
 from cairn.settings import ClientSettings
 from cairn.transport.calls import Caller
@@ -21,7 +23,7 @@ from cairn.transport.restore_calls import RestoreCalls
 from cairn.transport.save_calls import SaveCalls
 from cairn.transport.shared_memory import Segment
 from cairn.unsettled import Ledger, tell_again
-from cairn_api.errors import CairnError, ConfigurationError
+from cairn_api.errors import CairnError, ConfigurationError, SaveFailedError
 from cairn_api.names import VersionId
 
 log = logging.getLogger("cairn")
@@ -36,7 +38,8 @@ class Session:
         self, settings: ClientSettings, ranks: Ranks, client_version: str, connection: Connection, joined: Joined
     ) -> None:
         self.settings = settings
-        self.ranks = ranks
+        self.background = Background(self._background_failed)
+        self.ranks: Ranks = RanksInTurn(ranks, self.background)
         self.joined = joined
         self.counters = Counters()
         self.ledger = Ledger()
@@ -52,11 +55,17 @@ class Session:
         self.pool = Pool(
             share=self._share, release=lambda segment: self.saving.release(segment.name), pin=register_with_gpu
         )
+        self.overlap = Overlap(self.background, self.pool.writing, self.counters)
         self._failures: list[CairnError] = []
         self._failures_lock = threading.Lock()
         self._keep_alive = KeepAlive(
             self._link, settings.job, joined.lease_s, reopen=self._reopen, replied=self._replied
         )
+
+    @property
+    def local_ranks(self) -> int:
+        """How many ranks of the job are on this node."""
+        return self.rank_nodes.count(self.rank_nodes[self.ranks.rank])
 
     def start(self) -> None:
         """Start keeping the session alive."""
@@ -84,10 +93,24 @@ class Session:
             self._failures = [failure for failure in self._failures if not about_tier2(failure)]
 
     def close(self) -> None:
-        """Leave the daemon. What is sealed is finished without this process; what is not is aborted by the daemon."""
+        """Leave the daemon, after what is left of the last save is done.
+
+        What is sealed is finished without this process; what is not is aborted by the daemon.
+        """
+        self.background.settle()
+        self.overlap.close()
         self._link.close()
         self._keep_alive.join(_STOP_TIMEOUT_S)
         self.pool.close()
+
+    def _background_failed(self, error: BaseException) -> None:
+        if not isinstance(error, CairnError):
+            error = SaveFailedError(
+                f"a save failed in the background: {type(error).__name__}: {error}",
+                hint="earlier versions are intact; save again",
+            )
+        log.error("%s", error)
+        self.note_failures([error])
 
     def _share(self, size_bytes: int, make: Callable[[], Segment]) -> None:
         def offered() -> tuple[str, int]:
@@ -176,7 +199,15 @@ def _join(calls: SaveCalls, settings: ClientSettings, ranks: Ranks, client_versi
 
 def _agreed_settings(settings: ClientSettings) -> dict[str, object]:
     """Those that decide what all ranks do together."""
-    names = ("job", "when_no_buffer", "commit_durability", "persistent_storage_path", "enable_load", "load_path")
+    names = (
+        "job",
+        "when_no_buffer",
+        "capture",
+        "commit_durability",
+        "persistent_storage_path",
+        "enable_load",
+        "load_path",
+    )
     return {name: getattr(settings, name) for name in names}
 
 

@@ -58,6 +58,7 @@ class ClientSettings:
     buffer_wait_s: float = _setting(600.0, "seconds create() waits for a free buffer before it fails")
     when_no_buffer: str = _setting("wait", "wait: create() waits for a buffer; skip: all ranks leave this save out")
 
+    capture: str = _setting("blocking", "blocking: save() copies; overlapped: large tensors are copied behind training")
     transport: str = _setting("auto", "auto: shared memory where it works; shm: only that; stream: bytes over gRPC")
     oversize: str = _setting("stream", "a state larger than the memory granted: stream it (slower), or fail")
     save_dir_files: str = _setting("auto", "what save_dir shows: auto, link (into tier 1), copy or placeholder")
@@ -92,6 +93,7 @@ class ClientSettings:
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "commit_durability": tuple(Durability),
     "when_no_buffer": ("wait", "skip"),
+    "capture": ("blocking", "overlapped"),
     "transport": ("auto", "shm", "stream"),
     "oversize": ("stream", "fail"),
     "save_dir_files": ("auto", "link", "copy", "placeholder"),

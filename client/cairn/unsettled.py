@@ -33,6 +33,8 @@ class Unsettled:
     opening: Opening
     partitions: dict[str, tuple[PartitionPlan, str]] = field(default_factory=dict)
     """By name: what was written, and the name of its segment (empty: it went as a stream)."""
+    unsealed: list[tuple[PartitionPlan, str]] = field(default_factory=list)
+    """Those of ``partitions`` that the daemon is not told of before the commit, as they were copied late."""
     prepared: bool = False
     agreed: list[tuple[str, int]] | None = None
     """The shared names, once all ranks have agreed to commit."""
@@ -40,6 +42,11 @@ class Unsettled:
     """Why a restarted daemon could not be given this version again."""
     when_over: Callable[[], None] | None = None
     """Lets go of the buffers that only this process knows as the version's: no daemon will say that they are free."""
+
+    def copied_late(self, plan: PartitionPlan, segment: str) -> None:
+        """All bytes of a partition have arrived in its segment after ``save`` had returned."""
+        self.partitions[plan.name] = (plan, segment)
+        self.unsealed.append((plan, segment))
 
 
 class Ledger:

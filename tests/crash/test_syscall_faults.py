@@ -15,7 +15,7 @@ from tests.crash.trainer import JOB, Trainers, train
 from tests.daemon_process import DaemonProcess
 
 _MOST_POINTS = 60
-_LONGEST_SAVE_S = 20.0
+_LONGEST_SAVE_S = 60.0
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class Point:
         assert len(self.diary.promised) == before + 1
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("calls", "saves"),
     [("^fsync$", 1), ("^rename", 1), ("^mkdir", 1), ("^pwrite64$", 1), ("^(unlink|unlinkat|rmdir)$", 2)],
@@ -99,7 +99,7 @@ def test_killed_in_the_nth_call(
     figures(f"killed in the n-th {_plain(calls)}: {number - 1} points, 0 lost, 0 torn, {kept} had a version already")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("calls", "error"), [("^fsync$", "EIO"), ("^pwrite64$", "ENOSPC"), ("^rename", "EIO"), ("^fallocate$", "ENOSPC")]
 )

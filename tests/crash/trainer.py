@@ -26,7 +26,7 @@ from cairn.client import Client
 JOB = "run-7"
 PARTITIONS = frozenset({"model.pt", "optimizer/rank_0.pt"})
 
-_END_TIMEOUT_S = 30.0
+_END_TIMEOUT_S = 60.0
 
 
 def state_of(tag: str, name: str) -> dict[str, Any]:

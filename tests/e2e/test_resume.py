@@ -17,7 +17,7 @@ from tests.e2e.conftest import Node
 from tests.e2e.trainer import Trainer, block_for, same_weights, unprotect
 
 READER = Path(__file__).with_name("plain_reader.py")
-PERSIST_TIMEOUT_S = 30.0
+PERSIST_TIMEOUT_S = 60.0
 PLAIN_ENVIRONMENT = {"PATH": os.defpath, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "DS_ACCELERATOR": "cpu"}
 
 

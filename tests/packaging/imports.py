@@ -71,7 +71,7 @@ DAEMON = Package(
     friends=WORK | VALUES | SEAMS,
 )
 
-CALLS = row("client load launch save session unsettled")
+CALLS = row("background client guards image live load launch overlap reading save session unsettled")
 AGREED = row("agreement choice counters schedule settings")  # pure: what every rank computes alike, and plain values
 
 CLIENT = Package(
@@ -87,7 +87,7 @@ CLIENT = Package(
     friends=CALLS | AGREED,
 )
 
-API = Package(name="cairn_api", layers=(row("names v1 wire"), row("errors")), foreign=row("grpc google"))
+API = Package(name="cairn_api", layers=(row("framing names v1 wire"), row("errors")), foreign=row("grpc google"))
 
 WIRE = "cairn_api.v1"
 WIRE_READERS = {"cairnd": row("rpc cli"), "cairn": row("transport"), "cairn_api": row("v1")}

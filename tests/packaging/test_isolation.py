@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-READY_TIMEOUT_S = 30
+READY_TIMEOUT_S = 60
 
 BLOCKER = """
 import sys
@@ -88,12 +88,12 @@ def test_the_daemon_starts_and_serves_without_torch(tmp_path: Path) -> None:
         try:
             listener_says_ready(listener, daemon, log)
             status = [sys.executable, "-m", "cairnd.cli.main", "--runtime-dir", str(runtime), "status", "--json"]
-            answer = subprocess.run(status, capture_output=True, text=True, check=False, timeout=30)
+            answer = subprocess.run(status, capture_output=True, text=True, check=False, timeout=60)
             assert answer.returncode == 0, answer.stderr
         finally:
             daemon.send_signal(signal.SIGTERM)
             try:
-                code = daemon.wait(timeout=30)
+                code = daemon.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 code = daemon.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -68,8 +69,9 @@ class Checkpoint:
     def save(self, name: str, state: object) -> None:
         """Save *state*, anything ``torch.save`` takes, as partition *name* (a relative path).
 
-        When this returns, the bytes are copied: the tensors may change. A failure is recorded for :meth:`commit`, and
-        also raised here unless ``create`` was told ``raise_immediately=False``.
+        When this returns, the bytes are copied: the tensors may change. With overlapped capture, guarded ones may
+        change after the next step of their optimizer has begun, or :meth:`cairn.Client.wait_copied`. A failure is
+        recorded for :meth:`commit`, and also raised here unless ``create`` was told ``raise_immediately=False``.
         """
         self._check_open()
         if self._item is None:
@@ -84,7 +86,7 @@ class Checkpoint:
                         f"partition {name!r} was saved already in {self.version}", hint="use another name"
                     )
                 self._names.add(name)
-                self._hand_over.give(self._item, name, state)
+                self._hand_over.give(self._item, name, state, self.note)
             except Exception as error:  # a state dict's own code may raise anything; commit() raises it on all ranks
                 self.note(error)
                 if self._raise_immediately:
@@ -95,23 +97,52 @@ class Checkpoint:
 
         Raises :class:`SaveFailedError` on **every** rank, with the first failing rank's reason, when any rank failed.
         What it promises is ``commit_durability``: normally that the daemons hold all bytes.
+
+        With overlapped capture this returns at once. All of the above happens while training goes on, and the next
+        ``create``, ``commit``, ``wait`` or ``close`` raises it.
         """
         self._check_open()
         self._ended = True
         if self._item is None:
             self._tell_ended(self, None)
             return None
+        version = self._item.opening.version
+        self.conclude(partial(self._commit, self._item))
+        return version
+
+    def conclude(self, work: Callable[[], object]) -> None:
+        """Do *work*, which ends this save on all ranks: here, or with overlapped capture while training goes on.
+
+        For integrations that agree on more than :meth:`commit` does, which *work* may call.
+        """
+        background = self._session.background
+        if self._session.settings.capture == "overlapped" and not background.inside:
+            background.submit(work)
+        else:
+            work()
+
+    def _fail(self) -> None:
+        """Commit, here, what cannot succeed, so that the other ranks hear of it."""
+        self._ended = True
+        if self._item is None:
+            self._tell_ended(self, None)
+        else:
+            self._session.overlap.wait_copied()
+            self._commit(self._item)
+
+    def _commit(self, item: Unsettled) -> None:
         try:
-            with self._session.counters.stall():
-                return commit(self._session, self._item, self._names, self._failure)
+            with self._session.counters.stall(counted=not self._session.background.inside):
+                commit(self._session, item, self._names, self._failure)
         finally:
-            self._tell_ended(self, self._item)
+            self._tell_ended(self, item)
 
     def abort(self, reason: str = "aborted by the program") -> None:
         """End this save on this rank, without asking the others; they find out in their ``commit``."""
         if self._ended:
             return
         self._ended = True
+        self._session.overlap.wait_copied()  # into buffers that are about to be given to others
         if self._item is not None:
             abort(self._session, self._item, reason)
         self._tell_ended(self, None)
@@ -135,6 +166,6 @@ class Checkpoint:
         else:
             self.note(error)
             try:
-                self.commit()
+                self._fail()
             except CairnError as raised:
                 log.warning("%s", raised)  # the exception of the block is the one to propagate

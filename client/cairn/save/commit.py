@@ -26,6 +26,8 @@ def commit(session: Session, item: Unsettled, names: Collection[str], failure: B
     failure = failure or item.lost
     if failure is None:
         try:
+            for partition, segment in item.unsealed:
+                session.saving.seal(version, partition, segment)
             session.saving.prepare(version, sorted(names))
             item.prepared = True
         except CairnError as error:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from cairn.overlap import LateCopy
 from cairn.session import Session
 from cairn.transport.messages import PartitionPlan
 from cairn.transport.shared_memory import NoSharedMemoryError
@@ -17,9 +19,13 @@ from cairn_api.errors import CairnError, OverloadedError
 from cairn_api.names import VersionId
 
 if TYPE_CHECKING:
-    from cairn.capture.plan import CapturePlan
+    from cairn.capture.plan import CapturePlan, Planner
+    from cairn.guards import Guarded
 
 log = logging.getLogger("cairn")
+
+_MOST_PLANNERS = 64
+"""A rank saves a few partitions under the same names again and again; others are planned from nothing each time."""
 
 
 class HandOver:
@@ -29,19 +35,24 @@ class HandOver:
         self._session = session
         self._memory_shared = session.settings.transport != "stream"
         self._warned: set[str] = set()
+        self._planners: dict[str, Planner] = {}
 
-    def give(self, item: Unsettled, name: str, state: object) -> None:
-        """Hand *state* over as partition *name* of a version; its bytes are copied when this returns."""
-        from cairn.capture import plan as capture  # noqa: PLC0415 - needs torch
+    def give(self, item: Unsettled, name: str, state: object, failed: Callable[[BaseException], None]) -> None:
+        """Hand *state* over as partition *name* of a version.
 
-        planned = capture.plan(state)
+        Its bytes are copied when this returns, except those that overlapped capture may copy later; should that go
+        wrong, *failed* is called, before the version can be committed.
+        """
+        planned = self._planner_of(name).plan(state)
         self._warn_about_globals(planned)
         partition = PartitionPlan(name, planned.size_bytes, planned.records, planned.globals)
         segment = self._segment_for(item.opening.version, partition)
         if segment is None:
+            if self._session.settings.capture == "overlapped":
+                self._log_once("a state that goes as a byte stream is sent at once, not later")
             self._stream(item, partition, planned, state)
         else:
-            self._fill(item, partition, planned, segment)
+            self._fill(item, partition, planned, segment, state, failed)
         counters = self._session.counters
         counters.fallback_captures += planned.fallback_reason is not None
         counters.partitions += 1
@@ -55,11 +66,23 @@ class HandOver:
 
     def _prefault(self, sizes: Mapping[str, int], each: int) -> None:
         try:
-            for name, size_bytes in sizes.items():
-                while self._session.pool.prepare_spare(name, size_bytes, each):
-                    log.debug("made a spare capture buffer for %s", name)
+            # The first of every partition comes first: the next save needs them all.
+            for wanted in range(1, each + 1):
+                for name, size_bytes in sizes.items():
+                    if self._session.pool.prepare_spare(name, size_bytes, wanted):
+                        log.debug("made a spare capture buffer for %s", name)
         except CairnError as error:
             log.info("no spare capture buffers, so a later save may be slower: %s", error)
+
+    def _planner_of(self, name: str) -> Planner:
+        """What knows how partition *name* was laid out last time; one not saved any more is forgotten."""
+        from cairn.capture.plan import Planner  # noqa: PLC0415 - needs torch
+
+        planner = self._planners.pop(name, None) or Planner()
+        self._planners[name] = planner
+        if len(self._planners) > _MOST_PLANNERS:
+            del self._planners[next(iter(self._planners))]
+        return planner
 
     def _segment_for(self, version: VersionId, partition: PartitionPlan) -> str | None:
         """The name of a buffer for *partition*, or None when it is to be streamed."""
@@ -100,17 +123,47 @@ class HandOver:
             session.ledger.drop(freed)
         return reply.available
 
-    def _fill(self, item: Unsettled, partition: PartitionPlan, planned: CapturePlan, name: str) -> None:
-        pool = self._session.pool
-        with pool.writing:
-            segment = pool.segment(name)
+    def _fill(
+        self,
+        item: Unsettled,
+        partition: PartitionPlan,
+        planned: CapturePlan,
+        name: str,
+        state: object,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        from cairn.capture import native  # noqa: PLC0415 - needs torch
+
+        overlap = self._session.overlap
+        guarded = self._guarded(planned)
+        with ExitStack() as unfinished:
+            overlap.begin_writing()
+            unfinished.callback(overlap.end_writing)
+            segment = self._session.pool.segment(name)
             segment.unprotect()
-            try:
-                planned.write_into(segment.image[: partition.size_bytes])
-            finally:
-                segment.protect_soon()
+            unfinished.callback(segment.protect)
+            image = segment.image[: partition.size_bytes]
+            may_wait = None if guarded is None else guarded.may_wait
+            threads = native.idle_threads(self._session.local_ranks)
+            remainder = planned.write_into(image, may_wait, threads=threads)
+            if guarded is not None and remainder is not None:
+                late = LateCopy(remainder, guarded, state, failed)
+                overlap.copy_later(late, unfinished, lambda: item.copied_late(partition, name))
+                self._tell_overlap(partition, remainder.size_bytes)
+                return
             item.partitions[partition.name] = (partition, name)
         self._session.saving.seal(item.opening.version, partition, name)
+
+    def _guarded(self, planned: CapturePlan) -> Guarded | None:
+        """What may be copied later; None, with one message, when nothing may although the settings ask for it."""
+        if self._session.settings.capture != "overlapped":
+            return None
+        guarded = self._session.overlap.guarded()
+        if guarded is None:
+            self._log_once("nothing is copied later: no optimizer is guarded, see Client.guard")
+        elif planned.fallback_reason is not None:
+            self._log_once(f"a state is copied at once, not later: it holds {planned.fallback_reason}")
+        return guarded
 
     def _stream(self, item: Unsettled, partition: PartitionPlan, planned: CapturePlan, state: object) -> None:
         import torch  # noqa: PLC0415 - a client that only lists versions needs no torch
@@ -142,6 +195,20 @@ class HandOver:
                 "as it is; to load it, pass weights_only=False if you trust whoever can write these checkpoints, or "
                 "torch.serialization.add_safe_globals",
             )
+
+    def _tell_overlap(self, partition: PartitionPlan, late_bytes: int) -> None:
+        topic = f"overlap {partition.name}"
+        if topic not in self._warned:
+            self._warned.add(topic)
+            log.info(
+                "%d of %d bytes of %s are copied while training goes on",
+                late_bytes, partition.size_bytes, partition.name,
+            )  # fmt: skip
+
+    def _log_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning('capture = "overlapped": %s', text)
 
     def _warn_once(self, topic: str, text: str) -> None:
         if topic not in self._warned:

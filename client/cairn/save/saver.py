@@ -41,6 +41,7 @@ class Saver:
         """See :meth:`cairn.Client.create`."""
         session = self._session
         with session.counters.stall():
+            session.background.settle()
             if self._open is not None:
                 log.warning("version %s was never committed and is aborted", self._open.version)
                 self._open.abort("another save began before it was committed")
@@ -58,9 +59,10 @@ class Saver:
                 checkpoint.note(_open(session, item))
             return checkpoint
 
-    def prefault(self, sizes: Mapping[str, int]) -> None:
+    def prefault(self, states: Mapping[str, object]) -> None:
         """See :meth:`cairn.Client.preallocate`."""
-        self._hand_over.prefault(sizes, 1)
+        sizes = {name: _size_bytes(state) for name, state in states.items()}
+        self._hand_over.prefault(sizes, self._session.settings.buffers)
 
     def last_of(self, tag: str) -> VersionId | None:
         """The version of *tag* that this client committed last."""
@@ -163,6 +165,15 @@ class Saver:
         nodes = self._session.rank_nodes
         own = nodes[self._session.ranks.rank]
         return tuple(rank for rank, node in enumerate(nodes) if node == own)
+
+
+def _size_bytes(state: object) -> int:
+    """*state* itself if it is a size, else that of the partition that it would become."""
+    if isinstance(state, int):
+        return state
+    from cairn.capture import plan as capture  # noqa: PLC0415 - needs torch
+
+    return capture.plan(state).size_bytes
 
 
 def _open(session: Session, item: Unsettled) -> CairnError | None:

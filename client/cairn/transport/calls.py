@@ -6,9 +6,11 @@ connection. What the daemon refused is raised as the daemon's own error and neve
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
@@ -99,30 +101,56 @@ def listen(stream: Any) -> Iterator[Any]:
 
     It is cancelled, and :class:`UnavailableError` raised, when it falls silent for :data:`SILENCE_TIMEOUT_S`.
     """
-    silent = threading.Event()
+    watch = _Watch(stream.cancel)
+    try:
+        while True:
+            try:
+                with watch.waiting():
+                    message = next(stream, None)
+            except grpc.RpcError as error:
+                if not watch.gave_up:
+                    raise
+                raise UnavailableError(
+                    f"the daemon lives but sent nothing for {SILENCE_TIMEOUT_S:.0f} s",
+                    hint="see the daemon's log (journalctl -u cairnd)",
+                ) from error
+            if message is None:
+                return
+            yield message
+    finally:
+        watch.end()
 
-    def give_up() -> None:
-        silent.set()
-        stream.cancel()
 
-    while True:
-        watch = threading.Timer(SILENCE_TIMEOUT_S, give_up)
-        watch.daemon = True
-        watch.start()
+class _Watch:
+    """Calls *give_up* when :meth:`waiting` takes too long. One thread per stream: messages may come by the thousand."""
+
+    def __init__(self, give_up: Callable[[], object]) -> None:
+        self.gave_up = False
+        self._give_up = give_up
+        self._ended = threading.Event()
+        self._since_s = math.inf
+        threading.Thread(target=self._run, name="cairn-listen", daemon=True).start()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self._since_s = time.monotonic()
         try:
-            message = next(stream, None)
-        except grpc.RpcError as error:
-            if not silent.is_set():
-                raise
-            raise UnavailableError(
-                f"the daemon lives but sent nothing for {SILENCE_TIMEOUT_S:.0f} s",
-                hint="see the daemon's log (journalctl -u cairnd)",
-            ) from error
+            yield
         finally:
-            watch.cancel()
-        if message is None:
-            return
-        yield message
+            self._since_s = math.inf
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        rest_s = SILENCE_TIMEOUT_S
+        while not self._ended.wait(rest_s):
+            waited_s = max(0.0, time.monotonic() - self._since_s)
+            if waited_s >= SILENCE_TIMEOUT_S:
+                self.gave_up = True
+                self._give_up()
+                return
+            rest_s = SILENCE_TIMEOUT_S - waited_s
 
 
 _BY_STATUS: Mapping[grpc.StatusCode, type[CairnError]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from cairn.transport.connection import error_from
 from cairn_api.errors import CairnError
 from cairn_api.names import VersionId
 from cairn_api.v1 import save_pb2, types_pb2
+from cairn_api.wire import pack_column
 
 
 class Records(Protocol):
@@ -125,6 +126,9 @@ class Fetched:
     lease: str
     ready: Mapping[str, Near]
     from_tier: str
+    digested_bytes: int = 0
+    """What had to be hashed for it, because the daemon had not checked it since it started."""
+    digest_s: float = 0.0
 
 
 def state_name(value: int) -> str:
@@ -151,15 +155,11 @@ def versions_from_wire(versions: Iterable[types_pb2.VersionId]) -> tuple[Version
 
 def records_to_wire(records: Records) -> save_pb2.RecordTable:
     return save_pb2.RecordTable(
-        offsets=_whole(records.offsets),
-        lengths=_whole(records.lengths),
-        descriptor_crc_offsets=_whole(records.descriptor_crc_offsets),
-        directory_crc_offsets=_whole(records.directory_crc_offsets),
+        offsets=pack_column(records.offsets),
+        lengths=pack_column(records.lengths),
+        descriptor_crc_offsets=pack_column(records.descriptor_crc_offsets),
+        directory_crc_offsets=pack_column(records.directory_crc_offsets),
     )
-
-
-def _whole(numbers: Iterable[int]) -> Sequence[int]:
-    return [int(number) for number in numbers]
 
 
 def error_from_wire(info: types_pb2.ErrorInfo) -> CairnError:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import mmap
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +24,12 @@ from cairn.transport.messages import (
     version_from_wire,
     version_to_wire,
 )
-from cairn_api.errors import InternalError
+from cairn.transport.stream import BulkStub, receive
+from cairn_api.errors import CairnError, InternalError
 from cairn_api.names import VersionId
 from cairn_api.v1 import restore_pb2, restore_pb2_grpc
+
+log = logging.getLogger("cairn")
 
 _SERVICE = restore_pb2_grpc.RestoreStub
 
@@ -34,6 +42,13 @@ class Opened:
     size_bytes: int
     tier: str
     path_hint: str | None
+    hold: str | None
+    """Set if the descriptor's memory may be mapped as long as it likes: see :meth:`RestoreCalls.end_hold_with`."""
+
+    @property
+    def mappable(self) -> bool:
+        """Whether the bytes stay what they are: a published file is never written to, a buffer unless it is held."""
+        return self.tier != "memory" or self.hold is not None
 
 
 class RestoreCalls:
@@ -42,6 +57,9 @@ class RestoreCalls:
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
         self._job = caller.job
+        self._ended: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._ender: threading.Thread | None = None
+        self._lock = threading.Lock()
 
     def resolve(self, source: str = "", tag: str = "", *, local_only: bool = False) -> dict[str, Any]:
         """Everything this daemon could restore, as the JSON value that ranks gather (see ``cairn.choice``)."""
@@ -73,24 +91,50 @@ class RestoreCalls:
                 raise InternalError("the daemon ended a fetch without naming its lease", hint="see the daemon's log")
             ready = {part.path: Near(part.path, tier_name(part.tier), part.size_bytes) for part in last.ready}
             # A daemon that brought nothing from elsewhere may leave out where it was: it is where it lies.
-            return Fetched(last.lease, ready, from_tier or max((part.tier for part in ready.values()), default=""))
+            from_tier = from_tier or max((part.tier for part in ready.values()), default="")
+            return Fetched(last.lease, ready, from_tier, last.digested_bytes, last.digest_s)
 
         return self._caller.repeat(attempt)
 
-    def open(self, lease: str, path: str) -> Opened:
-        """A descriptor of a fetched partition. Not repeated: the lease dies with the connection."""
-        reply, fds = self._caller.current().request({"op": "open", "lease": lease, "path": path})
+    def open(self, lease: str, path: str, *, hold: bool = False) -> Opened:
+        """A descriptor of a fetched partition. Not repeated: the lease dies with the connection.
+
+        With *hold* a buffer of the memory tier may be mapped as long as the caller likes, if the daemon can spare it.
+        """
+        request = {"op": "open", "lease": lease, "path": path, "hold": hold}
+        reply, fds = self._caller.current().request(request)
         if not fds:
             raise InternalError("the daemon sent no descriptor", hint="see the daemon's log", context={"path": path})
-        hint = reply.get("path_hint")
-        return Opened(fds[0], int(reply["size"]), str(reply["tier"]), None if hint is None else str(hint))
+        hint, held = reply.get("path_hint"), reply.get("hold")
+        return Opened(
+            fds[0],
+            int(reply["size"]),
+            str(reply["tier"]),
+            None if hint is None else str(hint),
+            None if held is None else str(held),
+        )
 
-    def read(self, lease: str, path: str) -> Iterator[bytes]:
-        """The bytes of a fetched partition, in order. Not repeated, as :meth:`open`."""
+    def end_hold_with(self, memory: mmap.mmap, hold: str) -> None:
+        """End *hold* soon after *memory* is gone, which may be at any moment and in any thread."""
+        with self._lock:
+            if self._ender is None:
+                # It knows the queue and the caller only, so that it ends with this object.
+                self._ender = threading.Thread(
+                    target=_end_holds, args=(self._ended, self._caller), name="cairn-restore", daemon=True
+                )
+                self._ender.start()
+                weakref.finalize(self, self._ended.put, None).atexit = False
+        weakref.finalize(memory, self._ended.put, hold).atexit = False
+
+    def read(self, lease: str, path: str, size_bytes: int) -> mmap.mmap:
+        """The *size_bytes* bytes of a fetched partition, as a stream. Not repeated, as :meth:`open`."""
         request = restore_pb2.ReadRequest(lease=lease, path=path)
         try:
-            for reply in listen(self._caller.stub(self._caller.current(), _SERVICE, "Read")(request)):
-                yield reply.data
+            replies = self._caller.stub(self._caller.current(), BulkStub, "Read")(request)
+            try:
+                return receive(listen(replies), size_bytes, path)
+            finally:
+                replies.cancel()  # does nothing to one that has ended
         except grpc.RpcError as error:
             raise translate(error) from error
 
@@ -98,3 +142,11 @@ class RestoreCalls:
         """End the protection that :meth:`fetch` gave."""
         request = restore_pb2.EndFetchRequest(lease=lease)
         self._caller.unary(_SERVICE, "EndFetch", restore_pb2.EndFetchReply, request, CALL_TIMEOUT_S)
+
+
+def _end_holds(ended: queue.SimpleQueue[str | None], caller: Caller) -> None:
+    while (hold := ended.get()) is not None:
+        try:
+            caller.current().request({"op": "end_hold", "hold": hold})
+        except CairnError as error:
+            log.info("a held buffer could not be given back, the daemon takes it with the connection: %s", error)

@@ -20,14 +20,11 @@ from cairn.transport.messages import (
     version_to_wire,
     versions_from_wire,
 )
-from cairn.transport.stream import put_requests
+from cairn.transport.stream import BulkStub, put
 from cairn_api.errors import CairnError
 from cairn_api.names import VersionId
 from cairn_api.v1 import save_pb2, save_pb2_grpc
-from cairn_api.wire import PROTOCOL_VERSION
-
-PUT_BYTES_PER_S = 20_000_000
-"""Slowest byte stream that is still waited for."""
+from cairn_api.wire import PROTOCOL_VERSION, SLOWEST_STREAM_BYTES_PER_S
 
 _SERVICE = save_pb2_grpc.SaveStub
 
@@ -180,7 +177,10 @@ class SaveCalls:
     def put(
         self, version: VersionId, partition: PartitionPlan, windows: Callable[[], Iterable[memoryview | bytes]]
     ) -> None:
-        """Hand over a partition as a stream. *windows* gives its bytes in order, anew for every attempt."""
+        """Hand over a partition as a stream. *windows* gives its bytes in order, anew for every attempt.
+
+        Raises also what *windows* raises.
+        """
         header = save_pb2.PutHeader(
             job=self._job,
             id=version_to_wire(version),
@@ -190,10 +190,11 @@ class SaveCalls:
             records=records_to_wire(partition.records),
             globals=partition.globals,
         )
-        timeout_s = STORAGE_CALL_TIMEOUT_S + partition.size_bytes / PUT_BYTES_PER_S
+        timeout_s = STORAGE_CALL_TIMEOUT_S + partition.size_bytes / SLOWEST_STREAM_BYTES_PER_S
 
         def attempt(connection: Connection) -> None:
-            self._caller.stub(connection, _SERVICE, "Put")(put_requests(header, windows()), timeout=timeout_s)
+            call = self._caller.stub(connection, BulkStub, "Put")
+            put(lambda requests: call(requests, timeout=timeout_s), header, windows())
 
         self._caller.repeat(attempt)
 

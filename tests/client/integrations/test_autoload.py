@@ -59,13 +59,13 @@ def test_import_torch_leaves_only_a_finder_unless_switched_off(
 
 def test_the_hook_costs_import_torch_next_to_nothing(tmp_path: Path) -> None:
     result = run(
-        "import time, importlib.metadata, importlib.util\n"
-        "start = time.perf_counter()\n"
+        "import __future__, json, sys, importlib.metadata, importlib.util\n"
+        "before = set(sys.modules)\n"
         "import cairn_autoload; cairn_autoload.register()\n"
-        "print(time.perf_counter() - start)",
+        "print(json.dumps(sorted(set(sys.modules) - before)))",
         environment(tmp_path),
     )
-    assert float(result.stdout) < 0.02, "more than 1 % of an `import torch` of two seconds"
+    assert json.loads(result.stdout) == ["cairn_autoload"], "what takes time is importing"
 
 
 @pytest.mark.deepspeed

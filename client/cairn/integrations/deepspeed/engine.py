@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 
 from cairn.agreement import error_to_json, first_error
 from cairn.integrations.deepspeed import swap
-from cairn.integrations.deepspeed.jobs import LINKER, Job, job_for
+from cairn.integrations.deepspeed.guarding import guard_training
+from cairn.integrations.deepspeed.jobs import LINKER, Job, job_for, settle
 from cairn.integrations.deepspeed.marks import Kind
 from cairn.integrations.deepspeed.states import Loading, load_file
 from cairn.save import Checkpoint
@@ -34,6 +36,8 @@ class Call:
     save_latest: bool = False
     plain_files: bool = False
     """``save_16bit_model``: its one file is for other programs, so there is no version."""
+    training: Any = None
+    """The ``DeepSpeedEngine`` that saves its own state, when it does."""
 
 
 @dataclass(slots=True)
@@ -48,6 +52,7 @@ class Saving:
     job: Job
     checkpoint: Checkpoint | None
     """None when only plain files are written."""
+    save_latest: bool
     names: list[str] = field(default_factory=list)
     failure: Exception | None = None
     """What went wrong with a plain file on this rank."""
@@ -116,10 +121,14 @@ class CairnCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # DeepSpee
         tag, directory = self._identify(info)
         save_dir = os.path.realpath(directory)
         job = job_for(self.settings, save_dir)
+        call = self._call
         checkpoint = None
-        if self._call is None or not self._call.plain_files:
+        if call is None or not call.plain_files:
             checkpoint = job.client.create(tag, save_dir, file_marks=True, raise_immediately=False)
-        self._saving = Saving(tag, save_dir, Path(directory, tag), job, checkpoint)
+            if call is not None and self.settings.capture == "overlapped":
+                guard_training(job.client, call.training)
+        save_latest = call is not None and call.save_latest
+        self._saving = Saving(tag, save_dir, Path(directory, tag), job, checkpoint, save_latest)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a folder, except the version's own: that one appears whole, in ``commit``."""
@@ -127,7 +136,10 @@ class CairnCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # DeepSpee
             Path(path).mkdir(parents=True, exist_ok=exist_ok)
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Copy *state_dict*; it may change as soon as this returns. A path outside the tag's folder becomes a file."""
+        """Copy *state_dict*; it may change as soon as this returns. A path outside the tag's folder becomes a file.
+
+        With overlapped capture, what only the optimizer's step changes is copied before the next step.
+        """
         saving = self._saving
         if saving is None:
             _write_file(state_dict, path)
@@ -144,16 +156,26 @@ class CairnCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # DeepSpee
             saving.failure = saving.failure or error
 
     def commit(self, info: Any) -> bool:
-        """Agree with all ranks that everything is saved (collective), and show it in ``save_dir``."""
+        """Agree with all ranks that everything is saved (collective), and show it in ``save_dir``.
+
+        With overlapped capture this returns at once, and all of it happens while training goes on.
+        """
         tag, _ = self._identify(info)
         saving, self._saving = self._saving, None
         if saving is None or saving.tag != tag:
             raise ConfigurationError(
                 f"commit of {tag!r} without a create", hint="call create, save and commit in order"
             )
+        if saving.checkpoint is None:
+            self._finish(saving)
+        else:
+            saving.checkpoint.conclude(partial(self._finish, saving))
+        return True
+
+    def _finish(self, saving: Saving) -> None:
         client = saving.job.client
         said = {"names": saving.names, "error": error_to_json(saving.failure)}
-        gathered = client.ranks.all_gather(f"saved for {tag}", said, self.settings.commit_timeout_s)
+        gathered = client.ranks.all_gather(f"saved for {saving.tag}", said, self.settings.commit_timeout_s)
         problem = first_error(gathered)
         names_by_rank: list[list[str]] = [item["names"] for item in gathered]
         if saving.checkpoint is not None and (problem is not None or not any(names_by_rank)):
@@ -164,7 +186,6 @@ class CairnCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # DeepSpee
         version = None if saving.checkpoint is None else saving.checkpoint.commit()
         if version is not None:
             self._show(saving, version, names_by_rank)
-        return True
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """The state saved under *path*: from the version that is being loaded, or whatever lies there."""
@@ -172,6 +193,7 @@ class CairnCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # DeepSpee
             found = self._loading.load(path, map_location)
             if found is not None:
                 return found
+        settle()
         return load_file(self.settings, path, map_location)
 
     def is_decoupled(self) -> bool:
@@ -199,7 +221,7 @@ class CairnCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # DeepSpee
                 save_dir.show_saved(version, names_by_rank)
                 if save_dir.kind is not Kind.PLACEHOLDER:
                     LINKER.expect(save_dir, version)
-            if saving.job.rank == 0 and self._call is not None and self._call.save_latest:
+            if saving.job.rank == 0 and saving.save_latest:
                 swap.write_whole(Path(saving.save_dir) / "latest", saving.tag)
         except OSError as error:
             log.warning(

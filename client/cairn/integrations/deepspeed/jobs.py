@@ -52,6 +52,18 @@ class Job:
         return self._save_dirs[path]
 
 
+def wait_copied() -> None:
+    """Wait until every byte that the engines of this process have saved is copied."""
+    for job in list(_JOBS.values()):
+        job.client.wait_copied()
+
+
+def settle() -> None:
+    """Wait until everything that the engines of this process have saved is committed and shown, or has failed."""
+    for job in list(_JOBS.values()):
+        job.client.settle()
+
+
 _JOBS: dict[ClientSettings, Job] = {}
 LINKER = Linker()
 

@@ -15,6 +15,8 @@ from typing import Any
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from cairn.integrations.deepspeed.engine import CairnCheckpointEngine, Call
+from cairn.integrations.deepspeed.guarding import wrap_writers
+from cairn.integrations.deepspeed.jobs import settle
 from cairn.integrations.deepspeed.restoring import choose
 
 log = logging.getLogger("cairn")
@@ -25,6 +27,7 @@ _Around = Callable[[Any, CairnCheckpointEngine, _Method, inspect.BoundArguments]
 
 def wrap_training_engine() -> None:
     """Wrap the methods, once per process."""
+    wrap_writers()
     for name, around in (
         ("save_checkpoint", _around_save),
         ("save_16bit_model", _around_save_16bit_model),
@@ -56,7 +59,7 @@ def _around_save(training: Any, engine: CairnCheckpointEngine, method: _Method, 
     if training.zero_nvme_offload_optimizer():
         _warn_of_nvme_offload()
     save_latest, call.arguments["save_latest"] = call.arguments["save_latest"], False
-    with engine.during(Call(call.arguments["save_dir"], save_latest=bool(save_latest))):
+    with engine.during(Call(call.arguments["save_dir"], save_latest=bool(save_latest), training=training)):
         return method()
 
 
@@ -77,6 +80,7 @@ def _around_save_16bit_model(
 
 def _around_load(training: Any, engine: CairnCheckpointEngine, method: _Method, call: inspect.BoundArguments) -> Any:
     """Choose a version and put its files in place before DeepSpeed looks; then it loads that tag as it always does."""
+    settle()
     if training.load_universal_checkpoint():  # made by ds_to_universal from exported files
         return method()
     # With ZeRO-3 and without optimizer states DeepSpeed reads all shards itself (engine.py, _load_checkpoint).

@@ -1,0 +1,140 @@
+"""Loading into tensors that exist: a model's and an optimizer's own, whose memory is warm.
+
+New memory costs several times what the copy into it does. Everything is compared first, and only then is the first
+byte written: a state that does not fit is refused and leaves all live tensors as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.graph import increment_version
+
+from cairn.reading import Piece, read_pieces
+from cairn_api.errors import ConfigurationError
+
+_MOST_TOLD = 5
+
+
+class _Pair(NamedTuple):
+    source: torch.Tensor
+    target: torch.Tensor
+
+
+def copy_into(loaded: Any, into: Any, *, fd: int | None = None, address: int = 0, size_bytes: int = 0) -> Any:
+    """Copy the tensors of *loaded* into those of *into*, and return *loaded* with the latter in their places.
+
+    Both have the same structure: dicts with the same keys, lists and tuples of the same length, and tensors of the same
+    shape and dtype at the same places. Other values are taken from *loaded*. Raises :class:`ConfigurationError`, naming
+    what differs, before anything is copied.
+
+    *loaded* lies in a mapping of the first *size_bytes* of file *fd* that begins at *address*, if there is one: what
+    can be is then read from the file straight into the live tensors.
+    """
+    pairs: list[_Pair] = []
+    problems: list[str] = []
+    result = _matched(loaded, into, "", pairs, problems)
+    if problems:
+        more = f" (and {len(problems) - _MOST_TOLD} more)" if len(problems) > _MOST_TOLD else ""
+        raise ConfigurationError(
+            f"the saved state does not fit into the given one: {'; '.join(problems[:_MOST_TOLD])}{more}",
+            hint="pass tensors of the saved names, shapes and dtypes, or load without `into`; nothing was changed",
+        )
+    pieces = []
+    with torch.no_grad():
+        for source, target in pairs:
+            offset = source.data_ptr() - address
+            if fd is not None and _plain(source) and _plain(target) and 0 <= offset < size_bytes:
+                pieces.append(Piece(offset, target.data_ptr(), target.nbytes))
+                increment_version(target)
+            else:
+                target.copy_(source)
+    if fd is not None and pieces:
+        read_pieces(fd, pieces)
+    return result
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether its values lie in memory one after the other, as they do in the file."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+
+
+def _matched(loaded: Any, into: Any, name: str, pairs: list[_Pair], problems: list[str]) -> Any:
+    """*loaded* with the tensors of *into* in it; notes what to copy and what does not fit."""
+    where = name or "the state"
+    if isinstance(loaded, torch.Tensor) or isinstance(into, torch.Tensor):
+        difference = _difference(loaded, into)
+        if difference:
+            problems.append(f"{where} {difference}")
+        else:
+            pairs.append(_Pair(loaded, into))
+        return into
+    if isinstance(loaded, Mapping) and isinstance(into, Mapping):
+        problems += [f"{_below(name, key)} was not saved" for key in into.keys() - loaded.keys()]
+        problems += [f"{_below(name, key)} is not in the given state" for key in loaded.keys() - into.keys()]
+        matched = {
+            key: _matched(value, into[key], _below(name, key), pairs, problems) if key in into else value
+            for key, value in loaded.items()
+        }
+        return _as(loaded, matched)
+    if _is_sequence(loaded) and _is_sequence(into):
+        if len(loaded) != len(into):
+            problems.append(f"{where} has {len(loaded)} entries in the save and {len(into)} in the given state")
+        items = [
+            _matched(mine, theirs, _below(name, number), pairs, problems)
+            for number, (mine, theirs) in enumerate(zip(loaded, into, strict=False))
+        ]
+        return type(loaded)(*items) if hasattr(loaded, "_fields") else type(loaded)(items)
+    if _holds_tensors(loaded) or _holds_tensors(into):
+        problems.append(
+            f"{where} is a {type(loaded).__name__} in the save and a {type(into).__name__} in the given state"
+        )
+    return loaded
+
+
+def _as(loaded: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """*items* in a mapping such as was saved, with what it carries besides (a module's state has ``_metadata``)."""
+    if type(loaded) is dict:
+        return items
+    copy = loaded.copy() if hasattr(loaded, "copy") else dict(loaded)
+    copy.update(items)
+    return copy
+
+
+def _difference(loaded: Any, into: Any) -> str:
+    if not isinstance(loaded, torch.Tensor):
+        return f"was saved as a {type(loaded).__name__}, not as a tensor"
+    if not isinstance(into, torch.Tensor):
+        return f"was saved as a tensor, and the given state has a {type(into).__name__}"
+    if loaded.shape != into.shape:
+        return f"was saved with shape {tuple(loaded.shape)}, not {tuple(into.shape)}"
+    if loaded.dtype != into.dtype:
+        return f"was saved as {loaded.dtype}, not {into.dtype}"
+    if loaded.layout != into.layout:
+        return f"was saved as {loaded.layout}, not {into.layout}"
+    if into.device.type == "meta":
+        return "has no memory: the given tensor is on the meta device"
+    return ""
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_tensors(item) for item in value.values())
+    return isinstance(value, torch.Tensor) or (_is_sequence(value) and any(_holds_tensors(item) for item in value))
+
+
+def _below(name: str, key: object) -> str:
+    return f"{name}.{key}" if name else str(key)
