@@ -88,8 +88,8 @@ def copy_spans(image: torch.Tensor, spans: Spans, threads: int) -> None:
     """Copy all *spans* into *image*, a row of uint8 in CPU memory; returns when every byte has arrived.
 
     With the native library at most *threads* threads copy what is in CPU memory. For GPUs see :func:`copy_all`.
+    :meth:`Spans.check` comes first, if anything ran since the addresses were read.
     """
-    spans.check()
     if native.available() and spans.on_cpu:
         targets = array("Q", map(add, repeat(image.data_ptr()), spans.offsets))
         native.copy(targets, spans.addresses, spans.lengths, threads)

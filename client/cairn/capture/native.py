@@ -21,7 +21,7 @@ LIBRARY = Path(__file__).with_name("libcairncopy.so")
 """Beside this module in a wheel as in a source tree. ``native.so`` would be imported instead of this module."""
 
 _MOST_THREADS = 8
-"""More do not copy faster on any machine whose memory was measured, and every rank of the node starts its own."""
+"""A bound for nodes with many cores: every rank starts its own, and a few fill the memory's bandwidth."""
 
 
 def available() -> bool:

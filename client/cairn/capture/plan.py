@@ -10,6 +10,7 @@ import ctypes
 import io
 import logging
 import pickletools
+import time
 import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,11 @@ LATE_BYTES = 1 << 20
 """Spans shorter than this are never left for later: copying them costs less than keeping account of them."""
 
 
+FRESH_S = 0.02
+"""A plan younger than this is written without looking at each address once more, which takes as long as a tenth of the
+copy of small tensors. A thread that frees what is being saved could do so during the copy as well."""
+
+
 class Remainder:
     """The part of an image that :meth:`CapturePlan.write_into` has left for later; it keeps the memory alive.
 
@@ -53,6 +59,7 @@ class Remainder:
 
     def copy(self) -> None:
         """Copy it: one call without the interpreter lock, from any thread; returns when every byte has arrived."""
+        self._spans.check()
         copy_spans(self._image, self._spans, self._threads)
 
 
@@ -79,6 +86,7 @@ class CapturePlan:
         self.fallback_reason = fallback_reason
         self._layout = layout
         self._spans: Spans | None = spans
+        self._made_s = time.monotonic()
 
     def write_into(
         self,
@@ -102,6 +110,8 @@ class CapturePlan:
         threads = native.idle_threads(1) if threads is None else threads
         spans, remainder = self._take_spans(), None
         with collector_paused(), lock_returned_quickly():
+            if time.monotonic() - self._made_s > FRESH_S:
+                spans.check()
             if may_wait is not None:
                 late = [index for index in range(len(spans.lengths)) if _is_late(spans, index, may_wait)]
                 if late:

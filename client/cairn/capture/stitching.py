@@ -18,10 +18,10 @@ import zlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, starmap, zip_longest
+from itertools import chain, zip_longest
 from operator import attrgetter
 from struct import unpack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.storage import TypedStorage, UntypedStorage
@@ -52,34 +52,31 @@ class NotPlainError(Exception):
     """The state holds something else than plain tensors and objects without tensors; the text says what."""
 
 
-class _Columns(NamedTuple):
-    """All that a template depends on of the tensors, an entry each: read column by column, without a Python loop."""
+_Row = tuple[int, int, torch.dtype, tuple[int, ...], tuple[int, ...], bool, bool, bool, bool]
+"""All that a template depends on, of one tensor: see :func:`_rows`."""
 
-    addresses: list[int]
-    offsets: list[int]
-    attributes: list[tuple[torch.dtype, torch.Size, bool, bool]]
-    strides: list[tuple[int, ...]]
-
-    @classmethod
-    def of(cls, tensors: list[torch.Tensor]) -> _Columns:
-        """Raises :class:`NotPlainError` for what a template cannot express."""
-        kind = torch.Tensor
-        try:
-            # Bits that a negative or conjugate view has, and attributes that somebody gave a tensor.
-            if any(map(kind.is_neg, tensors)) or any(map(kind.is_conj, tensors)) or any(map(_OWN_ATTRIBUTES, tensors)):
-                raise NotPlainError("a tensor that is more than dtype, shape, strides and memory")
-            return cls(
-                list(map(kind.data_ptr, tensors)),
-                list(map(kind.storage_offset, tensors)),  # type: ignore[arg-type]  # or symbolic, while tracing
-                list(map(_ATTRIBUTES, tensors)),
-                list(map(kind.stride, tensors)),
-            )
-        except RuntimeError as error:  # a sparse tensor has no strides, a fake one no address
-            raise NotPlainError(str(error)) from error
-
-
-_ATTRIBUTES = attrgetter("dtype", "shape", "requires_grad", "is_cpu")
+_IS_CPU = 6
 _OWN_ATTRIBUTES = attrgetter("__dict__")
+
+
+def _rows(tensors: list[torch.Tensor]) -> list[_Row]:
+    """Address, offset, dtype, shape, strides, ``requires_grad``, ``is_cpu``, ``is_neg`` and ``is_conj`` of each tensor.
+
+    Read tensor by tensor: after a training step none of them is in the processor's cache, and going through all of them
+    once per property took more than twice as long. Raises :class:`NotPlainError` for what a template cannot express.
+    """
+    if any(map(_OWN_ATTRIBUTES, tensors)):
+        raise NotPlainError("a tensor with attributes of its own")
+    try:
+        return [
+            (
+                tensor.data_ptr(), int(tensor.storage_offset()), tensor.dtype, tensor.shape, tensor.stride(),
+                tensor.requires_grad, tensor.is_cpu, tensor.is_neg(), tensor.is_conj(),
+            )
+            for tensor in tensors
+        ]  # fmt: skip
+    except RuntimeError as error:  # a sparse tensor has no strides, a fake one no address
+        raise NotPlainError(str(error)) from error
 
 
 class _Geometry:
@@ -87,12 +84,8 @@ class _Geometry:
 
     __slots__ = ("dtype", "offset", "requires_grad", "size", "stride")
 
-    def __init__(
-        self, offset: int, attributes: tuple[torch.dtype, torch.Size, bool, bool], stride: tuple[int, ...]
-    ) -> None:
-        self.offset = offset
-        self.dtype, self.size, self.requires_grad, _ = attributes
-        self.stride = stride
+    def __init__(self, row: _Row) -> None:
+        _, self.offset, self.dtype, self.size, self.stride, self.requires_grad, *_ = row
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +109,7 @@ class Stitched:
 class Template:
     """What a state's tensors determine: see the module."""
 
-    columns: _Columns
+    rows: list[_Row]
     repeats: dict[int, int]
     memo_base: int
     fragments: list[bytes]
@@ -140,17 +133,12 @@ def stitch(state: object, template: Template | None) -> tuple[Stitched, Template
     pieces = content.split(_MARKER_BYTES)
     if len(pieces) != len(skeleton.tensors) + 1:
         raise NotPlainError("the marker stands in the state itself")
-    columns = _Columns.of(skeleton.tensors)
+    rows = _rows(skeleton.tensors)
     repeats = _repeats(skeleton.tensors)
     # Each entry of the memo was written with one of these two opcodes.
     memo_bound = content.count(pickle.BINPUT) + content.count(pickle.LONG_BINPUT)
-    if (
-        template is None
-        or template.memo_base < memo_bound
-        or template.repeats != repeats
-        or template.columns != columns
-    ):
-        template = _make_template(skeleton.tensors, columns, repeats, memo_bound)
+    if template is None or template.memo_base < memo_bound or template.repeats != repeats or template.rows != rows:
+        template = _make_template(skeleton.tensors, rows, repeats, memo_bound)
 
     content = b"".join(chain.from_iterable(zip_longest(pieces, template.fragments, fillvalue=b"")))
     archive = template.archive.copy()
@@ -230,15 +218,15 @@ def _repeats(tensors: list[torch.Tensor]) -> dict[int, int]:
     return {index: earlier for index, earlier in enumerate(indexes) if index != earlier}
 
 
-def _make_template(
-    tensors: list[torch.Tensor], columns: _Columns, repeats: dict[int, int], memo_bound: int
-) -> Template:
-    for tensor in tensors:
+def _make_template(tensors: list[torch.Tensor], rows: list[_Row], repeats: dict[int, int], memo_bound: int) -> Template:
+    for tensor, (*_, is_neg, is_conj) in zip(tensors, rows, strict=True):
+        if is_neg or is_conj:
+            raise NotPlainError("a negative or conjugate view")
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             raise NotPlainError("a tensor that is more than dtype, shape, strides and memory")
         if tensor._backward_hooks:
             warn_if_has_hooks(tensor)
-    geometries = list(starmap(_Geometry, zip(columns.offsets, columns.attributes, columns.strides, strict=True)))
+    geometries = list(map(_Geometry, rows))
     try:
         places = _find_places(tensors, geometries)
     except InexpressibleError as error:
@@ -271,12 +259,12 @@ def _make_template(
         archive.add(Record(f"data/{number}", region.length))
     filled = [(region, owner) for region, owner in zip(regions, owners, strict=True) if region.length]
     return Template(
-        columns, repeats, memo_base, fragments, frozenset(writer.globals), archive,
+        rows, repeats, memo_base, fragments, frozenset(writer.globals), archive,
         owners=[owner for _, owner in filled],
-        pointers=[columns.addresses[owner] for _, owner in filled],
+        pointers=[rows[owner][0] for _, owner in filled],
         addresses=array("Q", (region.storage.data_ptr() + region.start for region, _ in filled)),
         lengths=array("Q", (region.length for region, _ in filled)),
-        on_cpu=all(is_cpu for _, _, _, is_cpu in columns.attributes),
+        on_cpu=all(row[_IS_CPU] for row in rows),
     )  # fmt: skip
 
 

@@ -43,16 +43,19 @@ class HandOver:
         Its bytes are copied when this returns, except those that overlapped capture may copy later; should that go
         wrong, *failed* is called, before the version can be committed.
         """
-        planned = self._planner_of(name).plan(state)
-        self._warn_about_globals(planned)
-        partition = PartitionPlan(name, planned.size_bytes, planned.records, planned.globals)
-        segment = self._segment_for(item.opening.version, partition)
-        if segment is None:
-            if self._session.settings.capture == "overlapped":
-                self._log_once("a state that goes as a byte stream is sent at once, not later")
-            self._stream(item, partition, planned, state)
-        else:
-            self._fill(item, partition, planned, segment, state, failed)
+        from cairn.capture.interpreter import collector_paused  # noqa: PLC0415 - needs torch
+
+        with collector_paused():  # until the plan's objects are gone, or the collector looks at every one of them
+            planned = self._planner_of(name).plan(state)
+            self._warn_about_globals(planned)
+            partition = PartitionPlan(name, planned.size_bytes, planned.records, planned.globals)
+            segment = self._segment_for(item.opening.version, partition)
+            if segment is None:
+                if self._session.settings.capture == "overlapped":
+                    self._log_once("a state that goes as a byte stream is sent at once, not later")
+                self._stream(item, partition, planned, state)
+            else:
+                self._fill(item, partition, planned, segment, state, failed)
         counters = self._session.counters
         counters.fallback_captures += planned.fallback_reason is not None
         counters.partitions += 1

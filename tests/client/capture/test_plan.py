@@ -146,7 +146,8 @@ def test_unfit_buffers_are_refused() -> None:
     planned.write_into(torch.empty(planned.size_bytes, dtype=torch.uint8))  # refusals cost nothing
 
 
-def test_a_storage_released_after_planning_is_noticed() -> None:
+def test_a_storage_released_after_planning_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cairn.capture.plan.FRESH_S", -1.0)
     tensor = torch.ones(1000)
     planned = plan({"t": tensor})
     tensor.untyped_storage().resize_(0)
