@@ -46,6 +46,8 @@ class Contender:
     """In tables, in JSON and for ``--only``."""
     restores = True
     """Whether its restore is measured; False when another contender writes the very same files."""
+    warm_ups = 1
+    """Saves after the first that are not measured: what a contender uses in turn has all been used before."""
     preallocates = False
     """Whether :meth:`preallocate` makes the first save cheaper."""
     overlaps = False

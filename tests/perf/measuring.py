@@ -191,6 +191,9 @@ class RankRun:
             contender.preallocate()
             add_sample(samples, preallocated_stall_s=self._save(contender))
             self._end_save(contender)
+        for _ in range(contender.warm_ups):
+            self._save(contender)
+            self._end_save(contender)
         self._measure_quiet(contender, samples)
         self._measure_busy(contender, samples)
         if contender.restores:

@@ -120,7 +120,10 @@ class Tier1Writer:
         items = [save.received[partition.rank, partition.name] for partition in partitions]
         # All of them end before a failure is told: no thread uses a file any more that is given up then.
         failures: list[Exception] = []
-        await asyncio.gather(*(self._drain(item, failures) for item in items))
+        # The folders are made durable beside the data: later, each sync would add its wait for the disk.
+        folders = [layout.partition(version.job, version.id, save.path_of(item)) for item in items]
+        folders.append(layout.manifest(version.job, version.id))
+        await asyncio.gather(self._make_folders(folders, failures), *(self._drain(item, failures) for item in items))
         try:
             if failures:
                 raise failures[0]
@@ -148,6 +151,12 @@ class Tier1Writer:
                 item.digest = await self._workers.run(draining.finish)
             except Exception as error:  # noqa: BLE001 - told by the caller
                 failures.append(error)
+
+    async def _make_folders(self, keys: list[str], failures: list[Exception]) -> None:
+        try:
+            await self._workers.run(self._tier1.make_folders_of, keys)
+        except Exception as error:  # noqa: BLE001 - told by the caller
+            failures.append(error)
 
     def _step_bytes(self, size_bytes: int) -> int:
         if not self._throttle.bytes_per_s:

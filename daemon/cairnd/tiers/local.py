@@ -45,11 +45,16 @@ class LocalTier:
         """Start a large file that will become *key*, at *temp_key*; makes the folders of both, reserves the space.
 
         Training waits for this, and a temporary file need not survive a power cut: the folders are synced by
-        :meth:`publish`.
+        :meth:`make_folders_of` or :meth:`publish`.
         """
         self._make_folder_of(key, sync=False)
         self._make_folder_of(temp_key, sync=False)
         return atomic.BulkWriter(self._fs, self._path(temp_key), size_bytes)
+
+    def make_folders_of(self, keys: Iterable[str]) -> None:
+        """Make the folders in which *keys* will lie, durably: what is published there later need not wait for that."""
+        for key in keys:
+            self._make_folder_of(key)
 
     def publish(self, writer: atomic.BulkWriter, key: str) -> None:
         """Rename a finished file to *key*, whose folders are made if need be. Durable after :meth:`sync_folders`."""
