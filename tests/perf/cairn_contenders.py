@@ -26,6 +26,7 @@ class Cairn(Contender):
 
     name = "Cairn"
     warm_ups = 2  # two capture buffers
+    goes_direct = True
     preallocates = True
     durability = "tier1"
 
@@ -107,6 +108,8 @@ class Cairn(Contender):
         }
         self._lose_memory()
         result["first_live_cold"] = self.cold(cache, lambda: self.load_into(live))
+        assert self.floors is not None
+        result["raw_read_s"] = self.floors.read(cache)
         result["live_cold"] = self.cold(cache, lambda: self.load_into(live))
         result["load_warm"] = self.warm(cache, self.load)
         result["live_warm"] = self.warm(cache, lambda: self.load_into(live))

@@ -11,9 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.perf.page_cache import PageCache
 from tests.perf.states import State
+
+if TYPE_CHECKING:
+    from tests.perf.floors import Floors
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,12 @@ class Contender:
     overlaps = False
     """Whether tensors may change only after :meth:`before_update`, which then belongs to the stall."""
 
+    goes_direct = False
+    """Whether it writes past the page cache, and is therefore compared with doing so next to each of its saves."""
+
     def __init__(self, place: Place) -> None:
+        self.floors: Floors | None = None
+        """The machine's, once the rounds begin: a virtual disk changes its speed from one second to the next."""
         self.place = place
         self.folder = place.folder / f"{self.name}-{place.rank}"
         self.number = 0

@@ -40,11 +40,16 @@ class Floors:
 
     def measure(self, cache: PageCache) -> dict[str, float]:
         """Seconds of each floor."""
-        timed = self._place.timed
-        result = {"memcpy": timed(self._copy), "direct_write": timed(lambda: self._direct(os.pwritev))}
+        return {"memcpy": self._place.timed(self._copy), "direct_write": self.write(), "direct_read": self.read(cache)}
+
+    def write(self) -> float:
+        """Seconds of writing and syncing the bytes past the page cache."""
+        return self._place.timed(lambda: self._direct(os.pwritev))
+
+    def read(self, cache: PageCache) -> float:
+        """Seconds of reading them past the page cache."""
         cache.drop([self._file])
-        result["direct_read"] = timed(lambda: self._direct(os.preadv))
-        return result
+        return self._place.timed(lambda: self._direct(os.preadv))
 
     def close(self) -> None:
         """Remove the file."""

@@ -49,9 +49,8 @@ def _saving(run: Run) -> Iterator[Goal]:
         best = min(others, key=lambda name: others[name], default="")
         if best and others[best] > 0:  # noise can make nothing of a small bill
             yield Goal(f"stall + lost / that of {best}", bill / others[best], 1.0)
-    durable_s = run.median(OURS, "durable_s")
-    if durable_s is not None and warm_s is not None:
-        yield Goal("raw O_DIRECT write / tier 1 write", run.floor("direct_write") / (durable_s - warm_s), 0.9, True)
+    if (written := run.paired(OURS, "raw_write_s", "drain_s")) is not None:
+        yield Goal("raw O_DIRECT write / tier 1 write", written, 0.9, True)
     if (cpu := run.per_gb(OURS, "daemon_cpu_s")) is not None:
         yield Goal("daemon's CPU-seconds per GB", cpu, 0.15)
 
@@ -69,8 +68,8 @@ def _restoring(run: Run) -> Iterator[Goal]:
         yield Goal("load from warm tier 1 / mmap torch.load", warm, 1.1)
     if (warm_live := ratio("live_warm", "torch.save", "mmap_live_warm")) is not None:
         yield Goal("warm tier 1 into live tensors / the same by mmap torch.load", warm_live, 1.1)
-    if cold_s := run.median(OURS, "live_cold"):
-        yield Goal("raw O_DIRECT read / cold tier 1 into live tensors", run.floor("direct_read") / cold_s, 0.9, True)
+    if (cold := run.paired(OURS, "raw_read_s", "live_cold")) is not None:
+        yield Goal("raw O_DIRECT read / cold tier 1 into live tensors", cold, 0.9, True)
 
 
 _COMPARED = {

@@ -104,6 +104,7 @@ class RankRun:
                 add_sample(self._run.floors, **floors.measure(self._cache))
                 self._step_s = max(0.3, _STEP_PER_COPY * self._run.floors["memcpy"][-1])
                 for contender in contenders:
+                    contender.floors = floors
                     self._guarded(f"round {number + 1}", contender, self._measure)
                 self._say(f"round {number + 1} of {self._request.rounds}: {time.monotonic() - started_s:.0f} s")
         finally:
@@ -221,6 +222,7 @@ class RankRun:
     def _measure_quiet(self, contender: Contender, samples: Samples) -> None:
         """A warm save with nothing else to do: time until it is durable, and CPU time."""
         self._prepare(contender)
+        raw_write_s = self._raw_write_s(contender, samples, before=True)
         helpers = contender.helpers()
         before = cpu_s([os.getpid(), *helpers]), cpu_s(helpers), machine_cpu_s()
         stall_s = self._place.timed(lambda: contender.save(self._state))
@@ -236,6 +238,16 @@ class RankRun:
             samples, durable_s=durable_s, cpu_s=own, daemon_cpu_s=helping, machine_cpu_s=machine, quiet_stall_s=stall_s
         )
         contender.settle()
+        if contender.goes_direct:
+            raw_write_s = raw_write_s or self._raw_write_s(contender, samples, before=False)
+            add_sample(samples, drain_s=durable_s - stall_s, raw_write_s=raw_write_s)
+
+    def _raw_write_s(self, contender: Contender, samples: Samples, *, before: bool) -> float:
+        """Seconds of the disk's own speed, before or after the save by turns; 0 when it is the other's turn."""
+        own_turn = before is (len(samples.get("raw_write_s", ())) % 2 == 0)
+        if not contender.goes_direct or contender.floors is None or not own_turn:
+            return 0.0
+        return contender.floors.write()
 
     def _measure_busy(self, contender: Contender, samples: Samples) -> None:
         """A warm save with training on every core until it is durable: stall, and training time lost.

@@ -53,6 +53,13 @@ class Run:
         value = self.median(contender, metric)
         return None if value is None else value / self.floor(floor)
 
+    def paired(self, contender: str, metric: str, other: str) -> float | None:
+        """The median, over the rounds, of one metric through another that was measured right beside it."""
+        samples = self.contenders.get(contender, {})
+        pairs = zip(samples.get(metric, ()), samples.get(other, ()), strict=False)
+        ratios = [value / reference for value, reference in pairs if reference > 0]
+        return statistics.median(ratios) if ratios else None
+
 
 def merged(runs: Sequence[Run]) -> Run:
     """The runs of all ranks as one: the slower rank's times, the sum of CPU time and memory."""
