@@ -121,17 +121,18 @@ class Client:
         self._check_open()
         return self._saver.create(tag, save_dir=save_dir, file_marks=file_marks, raise_immediately=raise_immediately)
 
-    def preallocate(self, states: Mapping[str, object]) -> None:
-        """Make the ``buffers`` of the first saves ahead of them, in the background. Not collective.
+    def preallocate(self, states: Mapping[str, object], *, buffers: int | None = None) -> None:
+        """Make the buffers of the first saves ahead of them, in the background. Not collective.
 
         *states* gives for each partition the state that will be saved, which is measured and not copied, or its size in
-        bytes, which may be somewhat too large. Without this the first save makes its buffers itself, at several times
-        the cost of a later save; a save that comes too early waits for the one that is being made.
+        bytes, which may be somewhat too large. *buffers* is how many of each are made; None means the setting.
+        Without this the first save makes its buffers itself, at several times the cost of a later save; a save that
+        comes too early waits for the one that is being made.
 
         Raises :class:`ConfigurationError` for a state that cannot be saved.
         """
         self._check_open()
-        self._saver.prefault(states)
+        self._saver.prefault(states, self.settings.buffers if buffers is None else buffers)
 
     def guard(self, optimizer: torch.optim.Optimizer, also: Callable[[], Iterable[torch.Tensor]] = tuple) -> None:
         """Let overlapped capture copy what *optimizer* trains, and its state, while training goes on. Not collective.

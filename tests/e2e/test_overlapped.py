@@ -16,6 +16,7 @@ WIDTH = 512
 """Wide enough that what a rank saves is copied late."""
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("stage", "bf16"),
     [(0, False), (0, True), (1, True), (2, False), (3, True)],

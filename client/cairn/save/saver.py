@@ -59,10 +59,10 @@ class Saver:
                 checkpoint.note(_open(session, item))
             return checkpoint
 
-    def prefault(self, states: Mapping[str, object]) -> None:
+    def prefault(self, states: Mapping[str, object], each: int) -> None:
         """See :meth:`cairn.Client.preallocate`."""
         sizes = {name: _size_bytes(state) for name, state in states.items()}
-        self._hand_over.prefault(sizes, self._session.settings.buffers)
+        self._hand_over.prefault(sizes, each)
 
     def last_of(self, tag: str) -> VersionId | None:
         """The version of *tag* that this client committed last."""

@@ -82,15 +82,16 @@ class Pool:
         raise SaveFailedError("the capture buffer of this save was lost", hint="save again")
 
     def prepare_spare(self, partition: str, size_bytes: int, wanted: int) -> bool:
-        """Make one more free segment for *partition* unless *wanted* exist; says whether it did. For idle moments.
+        """Make one more free segment for *partition* unless *wanted* large enough exist; says whether it did.
 
-        A save that needs a segment goes first, so that it waits for one spare at most.
+        For idle moments: a save that needs a segment goes first, so that it waits for one spare at most.
         """
         with self._no_save_waits:
             self._no_save_waits.wait_for(lambda: not self._saves_waiting)
         with self._making:
             with self._lock:
-                if sum(slot.partition == partition for slot in self._slots) >= wanted:
+                made = [slot for slot in self._slots if slot.partition == partition]
+                if sum(slot.segment.size_bytes >= size_bytes for slot in made) >= wanted:
                     return False
             self._add(None, partition, size_bytes)
         return True

@@ -284,6 +284,18 @@ def test_what_each_rank_reads() -> None:
     assert read_by_rank(node_local, 5) == {"mp_rank_00_model_states.pt"}
 
 
+def test_a_training_that_cannot_be_measured_goes_on(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make()
+    with caplog.at_level("INFO", "cairn"):
+        engine.prepare(object())
+        engine.prepare(object())
+    (message,) = [record.message for record in caplog.records if "ahead" in record.message]
+    assert "the first save will be slower: AttributeError" in message
+    save(engine, tmp_path, model={"x": 1})
+
+
 def test_the_settings_of_the_block_and_of_the_environment(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAIRN_BUFFERS", "3")
     settings: ClientSettings = make(buffers=2, persistent_storage_path=None).settings

@@ -145,6 +145,14 @@ def test_a_buffer_made_while_the_client_closes_is_let_go(budget: Budget) -> None
     assert [segment.fd for segment in made] == [-1]
 
 
+def test_a_spare_that_became_too_small_does_not_count(pool: Pool, budget: Budget) -> None:
+    assert pool.prepare_spare("model", MIB, 1)
+    assert not pool.prepare_spare("model", 2 * MIB, 1)
+    assert pool.prepare_spare("model", 5 * MIB, 1)
+    assert not pool.prepare_spare("model", 5 * MIB, 1)
+    assert len(budget.granted) == 2
+
+
 def test_a_save_waits_for_the_spare_that_is_being_made_and_for_no_other(budget: Budget) -> None:
     begun, go_on = threading.Event(), threading.Event()
     shared: list[int] = []

@@ -19,6 +19,7 @@ from cairn.integrations.deepspeed import swap
 from cairn.integrations.deepspeed.guarding import guard_training
 from cairn.integrations.deepspeed.jobs import LINKER, Job, job_for, settle
 from cairn.integrations.deepspeed.marks import Kind
+from cairn.integrations.deepspeed.preallocating import sizes_of
 from cairn.integrations.deepspeed.states import Loading, load_file
 from cairn.save import Checkpoint
 from cairn.settings import ClientSettings
@@ -77,8 +78,8 @@ class CairnCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # DeepSpee
         self._call: Call | None = None
         self._saving: Saving | None = None
         self._loading: Loading | None = None
-        if settings.job:
-            job_for(settings, "")
+        self._unprepared = job_for(settings, "").client if settings.job else None
+        """Whose buffers are made before the first save. A job without a name is not known before that."""
 
     # What the wrapped methods of DeepSpeedEngine tell
 
@@ -103,6 +104,19 @@ class CairnCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # DeepSpee
         finally:
             self._loading = None
             loading.close()
+
+    def prepare(self, training: Any) -> None:
+        """Have the buffers of the first save of *training* made in the background, once; that may fail.
+
+        One for each partition: the second is made after that save, and a training that never saves holds no more.
+        """
+        client, self._unprepared = self._unprepared, None
+        if client is None:
+            return
+        try:
+            client.preallocate(sizes_of(training), buffers=1)
+        except Exception as error:  # noqa: BLE001 - no reason to stop a training: its first save is slower, that is all
+            log.info("no capture buffers are made ahead, so the first save will be slower: %r", error)
 
     def abandon(self, reason: str) -> None:
         """Abort a save that was created and not committed."""

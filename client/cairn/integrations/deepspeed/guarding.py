@@ -31,14 +31,17 @@ log = logging.getLogger("cairn")
 
 _ENGINES = (DeepSpeedEngine, PipelineEngine)
 
-_FLAT: dict[type, tuple[str, ...]] = {
+FLAT: dict[type, tuple[str, ...]] = {
     DeepSpeedZeroOptimizer: ("single_partition_of_fp32_groups", "bit16_groups_flat"),
     DeepSpeedZeroOptimizer_Stage3: ("fp32_partitioned_groups_flat",),
     BF16_Optimizer: ("fp32_groups_flat_partition", "bf16_groups_flat"),
     FP16_Optimizer: ("fp32_groups_flat", "fp16_groups_flat"),
     FP16_UnfusedOptimizer: ("fp32_groups", "fp16_groups"),
 }
-"""By DeepSpeed's optimizer, the attributes that hold (lists of) flat buffers which its state and the module view."""
+"""By DeepSpeed's optimizer, the attributes that hold (lists of) flat buffers which its state and the module view.
+
+The first one holds what the torch optimizer inside trains, and is saved.
+"""
 
 _WRITERS: tuple[tuple[type, tuple[str, ...]], ...] = (
     (DeepSpeedEngine, ("load_module_state_dict", "offload_states", "reload_states", "destroy")),
@@ -57,7 +60,7 @@ def guard_training(client: Client, training: Any) -> None:
         return
     outer = training.optimizer
     also = partial(_flat_tensors, weakref.ref(outer))  # the client must not keep a training's memory
-    for optimizer in _torch_optimizers(outer):
+    for optimizer in torch_optimizers(outer):
         client.guard(optimizer, also)
 
 
@@ -85,13 +88,13 @@ def _obstacle(training: Any) -> str | None:
     if type(training) not in _ENGINES:
         return f"a {type(training).__name__} may change parameters outside of a step"
     outer = training.optimizer
-    if type(outer) not in _FLAT and not isinstance(outer, torch.optim.Optimizer):
+    if type(outer) not in FLAT and not isinstance(outer, torch.optim.Optimizer):
         return f"a {type(outer).__name__} may change parameters outside of a step"
     if getattr(training, "zenflow", False):
         return "ZenFlow changes parameters outside of a step"
     if getattr(outer, "swap_optimizer", False):
         return "the optimizer's state is swapped to NVMe"
-    inner = _torch_optimizers(outer)
+    inner = torch_optimizers(outer)
     if not inner:
         return f"the optimizer inside of {type(outer).__name__} is none of torch's"
     if any("use_muon" in group for optimizer in inner for group in optimizer.param_groups):
@@ -99,7 +102,8 @@ def _obstacle(training: Any) -> str | None:
     return None
 
 
-def _torch_optimizers(outer: Any) -> list[torch.optim.Optimizer]:
+def torch_optimizers(outer: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers of torch inside of DeepSpeed's, or *outer* itself if it is one; none of other kinds."""
     if isinstance(outer, torch.optim.Optimizer):
         return [outer]
     inner = (getattr(outer, "optimizer", None), getattr(outer, "backup_optimizer", None))
@@ -108,16 +112,17 @@ def _torch_optimizers(outer: Any) -> list[torch.optim.Optimizer]:
 
 def _flat_tensors(reference: weakref.ref[Any]) -> Iterator[torch.Tensor]:
     outer = reference()
-    for name in _FLAT.get(type(outer), ()):
-        yield from _tensors_in(getattr(outer, name, None))
+    for name in FLAT.get(type(outer), ()):
+        yield from tensors_in(getattr(outer, name, None))
 
 
-def _tensors_in(value: object) -> Iterator[torch.Tensor]:
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """The tensors in nested lists and tuples."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors_in(item)
+            yield from tensors_in(item)
 
 
 @cache
