@@ -6,12 +6,15 @@ byte written: a state that does not fit is refused and leaves all live tensors a
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import increment_version
 
+from cairn.direct import is_cold, read_directly
+from cairn.image import LENGTHS_BYTES, Image
 from cairn.reading import Piece, read_pieces
 from cairn_api.errors import ConfigurationError
 
@@ -23,16 +26,60 @@ class _Pair(NamedTuple):
     target: torch.Tensor
 
 
-def copy_into(loaded: Any, into: Any, *, fd: int | None = None, address: int = 0, size_bytes: int = 0) -> Any:
+def load_into(fd: int, size_bytes: int, into: Any, *, weights_only: bool, alone: bool = False) -> Any:
+    """``torch.load`` of the first *size_bytes* of file *fd* into the tensors of *into*: see :func:`copy_into`.
+
+    What can be is read from the file straight into the live tensors, past the page cache if it is not there and no
+    other process will want it (*alone*). Nothing may change the file meanwhile. *fd* stays the caller's, who shares its
+    open file description with nobody. Raises :class:`UnavailableError` too, when the file cannot be read; some tensors
+    are changed then.
+    """
+    image = Image.mapped(fd, size_bytes)
+    cold = presume = is_cold(fd, size_bytes)
+    while True:
+        loaded = image.load(map_location="cpu", weights_only=weights_only, own_bytes=0, presume=presume)
+        result, pairs = _fitted(loaded, into)
+        headers = array("I", bytes(LENGTHS_BYTES * len(image.presumed)))
+        pieces = [
+            Piece(record.lengths_offset, headers.buffer_info()[0] + number * LENGTHS_BYTES, LENGTHS_BYTES)
+            for number, record in enumerate(image.presumed)
+        ]
+        others = []
+        for pair in pairs:
+            offset = pair.source.data_ptr() - image.address
+            if _plain(pair.source) and _plain(pair.target) and 0 <= offset < size_bytes:
+                pieces.append(Piece(offset, pair.target.data_ptr(), pair.target.nbytes))
+                increment_version(pair.target)
+            else:
+                others.append(pair)
+        if not (cold and alone and read_directly(fd, pieces)):
+            read_pieces(fd, pieces)
+        if all(record.holds(lengths) for record, lengths in zip(image.presumed, headers, strict=True)):
+            _copy(others)
+            return result
+        presume = False  # and then this holds
+
+
+def copy_into(loaded: Any, into: Any) -> Any:
     """Copy the tensors of *loaded* into those of *into*, and return *loaded* with the latter in their places.
 
     Both have the same structure: dicts with the same keys, lists and tuples of the same length, and tensors of the same
     shape and dtype at the same places. Other values are taken from *loaded*. Raises :class:`ConfigurationError`, naming
     what differs, before anything is copied.
-
-    *loaded* lies in a mapping of the first *size_bytes* of file *fd* that begins at *address*, if there is one: what
-    can be is then read from the file straight into the live tensors.
     """
+    result, pairs = _fitted(loaded, into)
+    _copy(pairs)
+    return result
+
+
+def _copy(pairs: Sequence[_Pair]) -> None:
+    with torch.no_grad():
+        for source, target in pairs:
+            target.copy_(source)
+
+
+def _fitted(loaded: Any, into: Any) -> tuple[Any, list[_Pair]]:
+    """*loaded* with the tensors of *into* in it, and what is to be copied."""
     pairs: list[_Pair] = []
     problems: list[str] = []
     result = _matched(loaded, into, "", pairs, problems)
@@ -42,18 +89,7 @@ def copy_into(loaded: Any, into: Any, *, fd: int | None = None, address: int = 0
             f"the saved state does not fit into the given one: {'; '.join(problems[:_MOST_TOLD])}{more}",
             hint="pass tensors of the saved names, shapes and dtypes, or load without `into`; nothing was changed",
         )
-    pieces = []
-    with torch.no_grad():
-        for source, target in pairs:
-            offset = source.data_ptr() - address
-            if fd is not None and _plain(source) and _plain(target) and 0 <= offset < size_bytes:
-                pieces.append(Piece(offset, target.data_ptr(), target.nbytes))
-                increment_version(target)
-            else:
-                target.copy_(source)
-    if fd is not None and pieces:
-        read_pieces(fd, pieces)
-    return result
+    return result, pairs
 
 
 def _plain(tensor: torch.Tensor) -> bool:

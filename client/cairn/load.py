@@ -35,8 +35,17 @@ class Restored:
     a lower rank used too. :meth:`path_of` finds it.
     """
 
-    def __init__(self, calls: RestoreCalls, candidate: Candidate, fetched: Fetched, *, streamed: bool) -> None:
+    def __init__(
+        self,
+        calls: RestoreCalls,
+        candidate: Candidate,
+        fetched: Fetched,
+        *,
+        streamed: bool,
+        alone: frozenset[str] = frozenset(),
+    ) -> None:
         self.candidate = candidate
+        self._alone = alone
         self._calls = calls
         self._fetched = fetched
         self._streamed = streamed
@@ -85,7 +94,7 @@ class Restored:
         if path not in self._fetched.ready:
             raise ConfigurationError(f"partition {path!r} was not fetched", hint=f"fetched were: {self.paths}")
         from cairn.image import Image  # noqa: PLC0415 - needs torch
-        from cairn.live import copy_into  # noqa: PLC0415 - needs torch
+        from cairn.live import copy_into, load_into  # noqa: PLC0415 - needs torch
 
         if self._streamed:
             location = map_location if into is None else "cpu"
@@ -95,9 +104,9 @@ class Restored:
         try:
             if into is not None:
                 # The lease keeps the bytes as they are meanwhile, and nothing of this mapping remains.
-                image = Image.mapped(opened.fd, opened.size_bytes)
-                loaded = image.load(map_location="cpu", weights_only=weights_only, own_bytes=0)
-                return copy_into(loaded, into, fd=opened.fd, address=image.address, size_bytes=image.size_bytes)
+                return load_into(
+                    opened.fd, opened.size_bytes, into, weights_only=weights_only, alone=path in self._alone
+                )
             if opened.mappable:
                 image = Image.mapped(opened.fd, opened.size_bytes)
             else:
@@ -225,7 +234,22 @@ class Loader:
             log.info(
                 "%s: digest pass over %d bytes, %.2f s", candidate.version, fetched.digested_bytes, fetched.digest_s
             )
-        return Restored(session.restoring, candidate, fetched, streamed=session.settings.transport == "stream")
+        return Restored(
+            session.restoring,
+            candidate,
+            fetched,
+            streamed=session.settings.transport == "stream",
+            alone=frozenset(self._alone(candidate)),
+        )
+
+    def _alone(self, candidate: Candidate) -> Iterable[str]:
+        """The partitions that no other process of this node is expected to read, which would want them cached."""
+        if self._session.local_ranks == 1:
+            return candidate.parts
+        parts = candidate.parts.values()
+        if len({part.rank for part in parts}) < candidate.world_size:
+            return []  # some ranks read what others saved
+        return [part.path for part in parts if part.rank == self._session.ranks.rank]
 
     def restore(
         self,

@@ -88,7 +88,7 @@ def _read(fd: int, share: Sequence[Piece]) -> None:
                 rest = array("Q", (piece.address + done, piece.size_bytes - done))
                 count = _preadv(fd, rest, piece.offset + done)
                 if count == 0:
-                    raise _unreadable(f"it ends at {piece.offset + done}")
+                    raise unreadable(f"it ends at {piece.offset + done}")
                 done += count
 
 
@@ -96,11 +96,12 @@ def _preadv(fd: int, vectors: array[int], offset: int) -> int:
     """Bytes read; 0 at the end of the file."""
     while (count := int(_libc.preadv(fd, vectors.buffer_info()[0], len(vectors) // 2, offset))) < 0:
         if (code := ctypes.get_errno()) != errno.EINTR:
-            raise _unreadable(os.strerror(code))
+            raise unreadable(os.strerror(code))
     return count
 
 
-def _unreadable(reason: str) -> UnavailableError:
+def unreadable(reason: str) -> UnavailableError:
+    """The error for a file that lost or withholds bytes after it was verified."""
     return UnavailableError(
         f"a fetched partition cannot be read: {reason}", hint="run `cairn verify` on the version, then load again"
     )

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cairn.image import Image
-from cairn.live import copy_into
+from cairn.live import copy_into, load_into
 from cairn.reading import Piece, read_pieces
 from cairn_api.errors import ConfigurationError, UnavailableError
 
@@ -62,9 +61,7 @@ def saved(tmp_path: Path) -> Path:
 def restore(path: Path, into: Any) -> Any:
     fd = os.open(path, os.O_RDONLY)
     try:
-        image = Image.mapped(fd, path.stat().st_size)
-        loaded = image.load(map_location="cpu", weights_only=True, own_bytes=0)
-        return copy_into(loaded, into, fd=fd, address=image.address, size_bytes=image.size_bytes)
+        return load_into(fd, path.stat().st_size, into, weights_only=True)
     finally:
         os.close(fd)
 

@@ -71,7 +71,7 @@ DAEMON = Package(
     friends=WORK | VALUES | SEAMS,
 )
 
-CALLS = row("background client guards image live load launch overlap reading save session unsettled")
+CALLS = row("background client direct guards image live load launch overlap reading save session unsettled")
 AGREED = row("agreement choice counters schedule settings")  # pure: what every rank computes alike, and plain values
 
 CLIENT = Package(
