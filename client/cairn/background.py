@@ -45,6 +45,10 @@ class Background:
             except RuntimeError as error:
                 log.info("a save is finished before training goes on: %s", error)
                 self._thread = threading.current_thread()
+            except BaseException:  # Control-C: nobody may wait for a thread that never ran
+                if not self._thread.is_alive():
+                    self._thread = None
+                raise
             else:
                 return
         self._run()

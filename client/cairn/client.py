@@ -139,8 +139,9 @@ class Client:
 
         The caller promises that from a save until the next ``optimizer.step()`` (or :meth:`wait_copied`) nothing
         changes these tensors; the step waits until they are copied. *also* returns further tensors of which the same
-        holds. A change that PyTorch counts is noticed and fails the save. One made through ``.data`` or by another
-        library is not noticed, nor is a step that was compiled or recorded without its hooks.
+        holds. A change that PyTorch has counted by the end of the copy is noticed and fails the save. One that is still
+        running then is not, nor is one made through ``.data`` or by another library, nor a step that was compiled or
+        recorded without its hooks: such a version is torn.
 
         Raises :class:`ConfigurationError` for anything but a ``torch.optim.Optimizer``. Without effect unless the
         setting ``capture`` is ``overlapped``.

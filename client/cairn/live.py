@@ -157,6 +157,10 @@ def _difference(loaded: Any, into: Any) -> str:
         return f"was saved as {loaded.dtype}, not {into.dtype}"
     if loaded.layout != into.layout:
         return f"was saved as {loaded.layout}, not {into.layout}"
+    if into.layout is torch.strided and any(
+        step == 0 and length > 1 for step, length in zip(into.stride(), into.shape, strict=True)
+    ):
+        return "is expanded: several elements of the given tensor are one and the same"
     if into.device.type == "meta":
         return "has no memory: the given tensor is on the meta device"
     return ""

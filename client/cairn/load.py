@@ -13,7 +13,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 
 from cairn.agreement import error_to_json, first_error
 from cairn.choice import Candidate, Choice, Inventory, Key, Reads, choose, every_partition, parse_request
@@ -21,6 +21,9 @@ from cairn.session import Session
 from cairn.transport.messages import Fetched, Progress
 from cairn.transport.restore_calls import Opened, RestoreCalls
 from cairn_api.errors import CairnError, ConfigurationError, VersionError
+
+if TYPE_CHECKING:
+    from cairn.image import Image
 
 log = logging.getLogger("cairn")
 
@@ -107,12 +110,7 @@ class Restored:
                 return load_into(
                     opened.fd, opened.size_bytes, into, weights_only=weights_only, alone=path in self._alone
                 )
-            if opened.mappable:
-                image = Image.mapped(opened.fd, opened.size_bytes)
-            else:
-                image = Image.copied(opened.fd, opened.size_bytes)
-            if opened.hold is not None:
-                self._calls.end_hold_with(image.memory, opened.hold)
+            image = self._image_of(opened)
             return image.load(map_location=map_location, weights_only=weights_only)
         finally:
             os.close(opened.fd)
@@ -122,7 +120,31 @@ class Restored:
         if self._streamed:
             return cast("BinaryIO", self._received(path))
         opened = self._calls.open(self._fetched.lease, path)
-        return cast("BinaryIO", io.BufferedReader(_Part(opened)))
+        if opened.mappable:
+            return cast("BinaryIO", io.BufferedReader(_Part(opened)))
+        # A buffer of the memory tier, which is filled anew once the version is not protected any more.
+        from cairn.image import Image  # noqa: PLC0415 - needs torch
+
+        try:
+            return cast("BinaryIO", Image.copied(opened.fd, opened.size_bytes).memory)
+        finally:
+            os.close(opened.fd)
+
+    def _image_of(self, opened: Opened) -> Image:
+        from cairn.image import Image  # noqa: PLC0415 - needs torch
+
+        if not opened.mappable:
+            return Image.copied(opened.fd, opened.size_bytes)
+        try:
+            image = Image.mapped(opened.fd, opened.size_bytes)
+        except BaseException:
+            if opened.hold is not None:
+                with mmap.mmap(-1, mmap.PAGESIZE) as nothing:  # when this goes, the hold ends
+                    self._calls.end_hold_with(nothing, opened.hold)
+            raise
+        if opened.hold is not None:
+            self._calls.end_hold_with(image.memory, opened.hold)
+        return image
 
     def _received(self, path: str) -> mmap.mmap:
         return self._calls.read(self._fetched.lease, path, self._fetched.ready[path].size_bytes)

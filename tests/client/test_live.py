@@ -124,6 +124,7 @@ def test_a_module_and_an_optimizer_are_loaded_in_place(tmp_path: Path) -> None:
         (lambda live: live.update(step=torch.tensor(1)), r"step was saved as a int, not as a tensor"),
         (lambda live: live.update(large=None), r"large is a list in the save and a NoneType"),
         (lambda live: live.update(flags=torch.ones(100, dtype=torch.bool, device="meta")), r"flags has no memory"),
+        (lambda live: live.update(flags=torch.ones(1, dtype=torch.bool).expand(100)), r"flags is expanded"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_changes(

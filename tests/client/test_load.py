@@ -293,6 +293,18 @@ def test_memory_that_will_be_filled_again_is_copied(connect: Connect) -> None:
     assert float(loaded.mean()) == 1.0
 
 
+def test_an_opened_file_of_the_memory_tier_keeps_its_bytes_when_the_buffer_is_filled_again(connect: Connect) -> None:
+    client = connect()
+    save(client, "step1", 1.0, durability="tier1")
+    with client.restore("step1") or pytest.fail("nothing to restore") as restored:
+        assert restored.from_tier == "memory"
+        file = restored.open("model.pt")
+    for step in (2, 3, 4):
+        save(client, f"step{step}", float(step), durability="tier1")
+    with file:
+        assert float(torch.load(file, weights_only=True)["x"].mean()) == 1.0
+
+
 def test_memory_that_the_budget_cannot_spare_is_copied(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path / "small", capture_memory_bytes=4 << 20) as daemon:  # two buffers of 2 MiB
         runtime_dir = str(daemon.runtime_dir)

@@ -278,3 +278,10 @@ def test_a_state_is_measured_and_every_buffer_of_it_is_made_ahead(connect: Conne
 def test_a_state_that_cannot_be_saved_cannot_be_measured(connect: Connect) -> None:
     with pytest.raises(cairn.ConfigurationError):
         connect().preallocate({"model.pt": {"open": (number for number in range(3))}})
+
+
+@pytest.mark.parametrize("states", [5, None, ["model.pt"], {"model.pt": -1}, {"model.pt": 0}, {"model.pt": 3.5},
+                                    {"model.pt": True}, {"model.pt": 1 << 80}, {"../x": 1000}, {"": 1000}])  # fmt: skip
+def test_what_cannot_be_preallocated_is_refused_at_the_call(connect: Connect, states: Any) -> None:
+    with pytest.raises(cairn.ConfigurationError):
+        connect().preallocate(states)

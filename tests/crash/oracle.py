@@ -41,7 +41,8 @@ class Diary:
     def read(cls, path: Path) -> Diary:
         """The diary at *path*; empty if nobody has written yet."""
         diary = cls()
-        for line in path.read_text().splitlines() if path.exists() else ():
+        written = path.read_text() if path.exists() else ""
+        for line in written[: written.rfind("\n") + 1].splitlines():  # the last one may still be being written
             word, _, rest = line.partition(" ")
             if word == "tried":
                 diary.tried.add(parse_version(rest))

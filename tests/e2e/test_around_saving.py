@@ -170,8 +170,10 @@ def test_all_ranks_die_right_after_commit_and_the_version_is_finished(
 def test_without_a_daemon_the_training_does_not_start(tmp_path: Path) -> None:
     alone = Trainer(tmp_path / "alone", {"job": "run-7", "runtime_dir": str(tmp_path), "connect_timeout_s": 0.2})
     outcome = alone.start("--steps", 1).wait()
-    assert outcome.statuses == [1, 1]
-    assert "UnavailableError" in outcome.output
+    # Which status is torch's affair: with its traceback printed, a rank whose peer is gone first may abort at exit.
+    assert all(outcome.statuses), outcome.output[-6000:]
+    for rank in range(2):
+        assert any(f"[rank{rank}]: " in line and "UnavailableError" in line for line in outcome.output.splitlines())
     assert "systemctl start cairnd" in outcome.output
     assert not outcome.of("loss")
 

@@ -20,10 +20,13 @@ from cairn.schedule import persist_due
 from cairn.session import Session
 from cairn.transport.messages import Opening
 from cairn.unsettled import Unsettled
-from cairn_api.errors import CairnError, SaveFailedError
-from cairn_api.names import VersionId, check_tag
+from cairn_api.errors import CairnError, ConfigurationError, SaveFailedError
+from cairn_api.names import VersionId, check_partition, check_tag
 
 log = logging.getLogger("cairn")
+
+_MOST_BYTES = 1 << 48
+"""No partition is larger than this; a number that is comes from a mistake."""
 
 
 class Saver:
@@ -61,6 +64,14 @@ class Saver:
 
     def prefault(self, states: Mapping[str, object], each: int) -> None:
         """See :meth:`cairn.Client.preallocate`."""
+        if not _is_usable(states, each):
+            raise ConfigurationError(
+                f"preallocate takes a mapping from partition names to states or sizes, not {type(states).__name__}, "
+                f"and a number of buffers, not {each!r}",
+                hint='write preallocate({"model.pt": state}) or preallocate({"model.pt": size_bytes})',
+            )
+        for name in states:
+            check_partition(name)
         sizes = {name: _size_bytes(state) for name, state in states.items()}
         self._hand_over.prefault(sizes, each)
 
@@ -167,9 +178,15 @@ class Saver:
         return tuple(rank for rank, node in enumerate(nodes) if node == own)
 
 
+def _is_usable(states: object, each: object) -> bool:
+    return isinstance(states, Mapping) and type(each) is int and each >= 0
+
+
 def _size_bytes(state: object) -> int:
     """*state* itself if it is a size, else that of the partition that it would become."""
-    if isinstance(state, int):
+    if isinstance(state, (int, float)):
+        if isinstance(state, bool) or not isinstance(state, int) or not 0 < state < _MOST_BYTES:
+            raise ConfigurationError(f"{state!r} is no size in bytes", hint="pass a state, or a whole number of bytes")
         return state
     from cairn.capture import plan as capture  # noqa: PLC0415 - needs torch
 

@@ -130,7 +130,8 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
         ahead: asyncio.Task[bytes] | None = None
         try:
             for offset in range(0, fetched.size_bytes, STREAM_CHUNK_BYTES):
-                message = await (ahead or self._workers.run(read, offset))
+                ahead = ahead or asyncio.ensure_future(self._workers.run(read, offset))
+                message = await asyncio.shield(ahead)  # a call that is cancelled must not leave a thread to itself
                 following = offset + STREAM_CHUNK_BYTES
                 if following < fetched.size_bytes:  # read while this one is sent
                     ahead = asyncio.ensure_future(self._workers.run(read, following))
@@ -138,10 +139,12 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
                     raise VersionError(f"the restore of {lease.version} was given up", hint="fetch the version again")
                 yield message
         finally:
-            if ahead is not None:
-                with suppress(CairnError, OSError):  # of what nobody waits for any more
-                    await to_the_end(_ended(ahead))
-            self._fs.close(fd)
+            try:
+                if ahead is not None:
+                    with suppress(CairnError, OSError):  # of what nobody waits for any more
+                        await to_the_end(_ended(ahead))
+            finally:
+                self._fs.close(fd)
 
     @translated
     async def EndFetch(self, request: pb.EndFetchRequest, client: Client) -> pb.EndFetchReply:
