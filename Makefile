@@ -72,7 +72,7 @@ $(READY_BENCH): $(READY)
 	@touch $@
 
 # The install above compiles it too; this is for a change of its source. Without a compiler there is none, and it says so.
-$(COPY_LIBRARY): client/cairn/capture/native.c hatch_build.py | $(READY)
+$(COPY_LIBRARY): $(wildcard client/cairn/capture/*.[ch]) hatch_build.py | $(READY)
 	@$(PY) hatch_build.py
 
 # DeepSpeed compiles its CPU communication extension on first use. A process that is killed meanwhile leaves a lock for

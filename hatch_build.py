@@ -17,7 +17,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 LIBRARY = "client/cairn/capture/libcairncopy.so"
-SOURCE = "client/cairn/capture/native.c"
+SOURCES = ("client/cairn/capture/native.c", "client/cairn/capture/digesting.c")
 _FLAGS = ("-std=c11", "-O3", "-shared", "-fPIC", "-pthread")
 
 
@@ -43,7 +43,7 @@ def compile_library(root: Path) -> str | None:
     """
     library = root / LIBRARY
     unfinished = library.with_name(f"{library.name}.{os.getpid()}")
-    problem = _compile(root / SOURCE, unfinished)
+    problem = _compile([root / source for source in SOURCES], unfinished)
     if problem is None:
         unfinished.replace(library)
     else:
@@ -52,10 +52,10 @@ def compile_library(root: Path) -> str | None:
     return problem
 
 
-def _compile(source: Path, library: Path) -> str | None:
+def _compile(sources: list[Path], library: Path) -> str | None:
     if not sys.platform.startswith("linux"):
         return f"the client runs on Linux, and this is {sys.platform}"
-    command = [*shlex.split(os.environ.get("CC") or "cc"), *_FLAGS, "-o", str(library), str(source)]
+    command = [*shlex.split(os.environ.get("CC") or "cc"), *_FLAGS, "-o", str(library), *map(str, sources)]
     try:
         outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

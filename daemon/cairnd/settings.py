@@ -66,7 +66,12 @@ class Settings:
     drain_threads: int = _setting(
         2,
         "threads that bring captured saves to tier 1; 1: digests and writes by turns, 2: at the same time; each two "
-        "more bring another partition along",
+        "more bring another partition along; at most 32",
+    )
+    recheck_one_in: int = _setting(
+        64,
+        "of the pieces of up to 4 MiB that clients digested while they copied, one in so many is digested again before "
+        "it is written; 1: all, which takes as much from training as writing them",
     )
     tier2_delete_grace_s: float = _setting(
         60.0, "seconds between a tier 2 version's tombstone and the deletion of its data; longer than a restore takes"
@@ -98,8 +103,11 @@ class Settings:
             if isinstance(value, float) and not math.isfinite(value):
                 raise _invalid(item.name, value, "a finite number")
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise _invalid(name, getattr(self, name), f"{least:g} or more")
+            most = _MOST.get(name, math.inf)
+            if not least <= getattr(self, name) <= most:
+                raise _invalid(
+                    name, getattr(self, name), f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+                )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise _invalid(name, getattr(self, name), " or ".join(choices))
@@ -133,12 +141,15 @@ _LEAST: Mapping[str, float] = {
     "tier1_limit_bytes": 0,
     "tier1_write_bytes_per_s": 0,
     "drain_threads": 1,
+    "recheck_one_in": 1,
     "tier2_delete_grace_s": 0,
     "lease_s": 0.1,
     "commit_timeout_s": 0.1,
     "drain_timeout_s": 0.1,
     "upload_concurrency": 1,
 }
+
+_MOST: Mapping[str, float] = {"drain_threads": 32}  # two saturate a disk; many only take cores from training
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "verify_on_load": ("cached", "always"),

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from cairn_api.names import VersionId
 from cairnd import layout
 from cairnd.app import App
-from cairnd.digests import RecordTable
 from cairnd.events import Event
 from cairnd.model import Tier, Version, VersionState
+from cairnd.records import PieceDigests, RecordTable
 from cairnd.replication.bucket import BucketRepository, EpochClaim
 from cairnd.session.clients import Client
 from cairnd.session.memory import Segment
@@ -248,11 +248,19 @@ class Rank:
             save_dir=save_dir, persist=persist, file_marks=bool(save_dir), attributes={},
         )  # fmt: skip
 
-    def seal(self, version: VersionId, name: str, data: bytes) -> Segment:
+    def seal(
+        self,
+        version: VersionId,
+        name: str,
+        data: bytes,
+        *,
+        records: RecordTable = NO_RECORDS,
+        digests: PieceDigests | None = None,
+    ) -> Segment:
         segment = self.offer(data)
         self.lab.app.saves.seal(
             self.client, version, rank=self.rank, name=name, segment_name=segment.name, size_bytes=len(data),
-            records=NO_RECORDS, globals_=(),
+            records=records, globals_=(), digests=digests or PieceDigests(),
         )  # fmt: skip
         return segment
 

@@ -48,7 +48,7 @@ class Package:
     """Entries that may import others of their row (circles stay forbidden)."""
 
 
-VALUES = row("digests events layout manifest metrics model notify settings workers")
+VALUES = row("allocator digests events layout manifest metrics model notify records sealing settings workers")
 WORK = row("session restore upkeep")
 SEAMS = row("clock tiers.filesystem tiers.errors")  # what the tests replace: known to all
 
@@ -71,7 +71,7 @@ DAEMON = Package(
     friends=WORK | VALUES | SEAMS,
 )
 
-CALLS = row("background client direct guards image live load launch overlap reading save session unsettled")
+CALLS = row("background client direct guards image live load launch overlap reading save session unpickling unsettled")
 AGREED = row("agreement choice counters schedule settings")  # pure: what every rank computes alike, and plain values
 
 CLIENT = Package(

@@ -16,8 +16,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
-from operator import add, methodcaller
+from operator import methodcaller
 
 import torch
 from torch import _C
@@ -84,21 +83,26 @@ def _byte_view(storage: torch.UntypedStorage, address: int, length: int) -> torc
     return empty.set_(storage) if whole else empty.set_(storage, start, (length,), (1,))
 
 
-def copy_spans(image: torch.Tensor, spans: Spans, threads: int) -> None:
+def copy_spans(image: torch.Tensor, spans: Spans, threads: int) -> array[int]:
     """Copy all *spans* into *image*, a row of uint8 in CPU memory; returns when every byte has arrived.
 
     With the native library at most *threads* threads copy what is in CPU memory. For GPUs see :func:`copy_all`.
     :meth:`Spans.check` comes first, if anything ran since the addresses were read.
+
+    Returns the checksums that were taken on the way, perhaps none: see :func:`cairn.capture.native.copy_digesting`.
     """
     if native.available() and spans.on_cpu:
-        targets = array("Q", map(add, repeat(image.data_ptr()), spans.offsets))
-        native.copy(targets, spans.addresses, spans.lengths, threads)
-        return
-    copy_all(
-        [image[offset : offset + length] for offset, length in zip(spans.offsets, spans.lengths, strict=True)],
-        spans.views(),
-        threads,
-    )
+        start = image.data_ptr()
+        if native.can_digest():
+            return native.copy_digesting(spans.offsets, spans.addresses, spans.lengths, threads, target_base=start)
+        native.copy(spans.offsets, spans.addresses, spans.lengths, threads, target_base=start)
+    else:
+        copy_all(
+            [image[offset : offset + length] for offset, length in zip(spans.offsets, spans.lengths, strict=True)],
+            spans.views(),
+            threads,
+        )
+    return array("Q")
 
 
 def copy_all(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], threads: int = 1) -> None:

@@ -3,9 +3,9 @@
  * Long spans are written with non-temporal stores where the processor has them. They do not first read the lines that
  * they overwrite, and took three quarters of the time of memcpy.
  *
- * With several threads the spans, laid end to end, are cut into pieces of one size, and every thread takes the next
- * piece when it is done with its last. A helper that the scheduler does not run takes none, so nobody waits for it.
- * Helpers live for one call. There is nothing to look after at a fork, and starting one costs 20 microseconds.
+ * Long spans are cut and short ones put together, and every thread takes the next batch when it is done with its last.
+ * A helper that the scheduler does not run takes none, so nobody waits for it. Helpers live for one call. There is
+ * nothing to look after at a fork, and starting one costs 20 microseconds.
  */
 #include <pthread.h>
 #include <signal.h>
@@ -15,7 +15,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PIECE_BYTES ((uint64_t)1 << 20)
+#include "digesting.h"
+
+#define UNIT_BYTES ((uint64_t)4 << 20)  /* longer spans are cut: a thread is not alone with one for long */
+#define BATCH_BYTES ((uint64_t)1 << 20) /* at least; a thread takes that much at a time */
 #define STREAM_FROM_BYTES ((size_t)8192) /* shorter spans are faster, or no slower, with memcpy */
 
 #if defined(__x86_64__)
@@ -83,46 +86,60 @@ static void finish_stores(void)
 #endif
 
 struct spans {
-    const uint64_t *targets;
-    const uint64_t *sources;
-    const uint64_t *lengths;
+    const uint64_t *targets, *sources, *lengths;
+    uint64_t target_base, source_base; /* to be added to all targets, and to all sources */
     size_t count;
 };
 
-/* A place in the spans laid end to end. */
-struct place {
-    size_t span;
-    uint64_t offset;
+/* The checksums of `length` bytes that went to `offset`; read by callers as four numbers of 64 bits. */
+struct digest {
+    uint64_t offset, length, crc64nvme, crc32;
+};
+
+struct digests {
+    struct digest *entries; /* NULL: none are wanted */
+    uint64_t from_bytes;
+    uint64_t count;
+};
+
+/* A part of one span: cut where the target, without its base, is a multiple of UNIT_BYTES. */
+struct unit {
+    char *target;
+    const char *source;
+    size_t length;
+    struct digest *digest; /* NULL: not wanted */
 };
 
 struct job {
-    struct spans spans;
     atomic_size_t next;
     atomic_size_t done;
-    size_t pieces;
+    size_t batches;
     atomic_int holders; /* the caller and its helpers; the last one frees the job */
     pthread_mutex_t lock;
     pthread_cond_t all_done;
-    struct place starts[]; /* one more than there are pieces */
+    struct unit *units;
+    size_t *starts; /* of each batch, its first unit; one more than there are batches */
 };
 
-static void copy_range(const struct spans *spans, struct place from, struct place to)
+static void copy_unit(const struct unit *unit)
 {
-    for (size_t i = from.span; i < spans->count && i <= to.span; i++) {
-        uint64_t start = i == from.span ? from.offset : 0;
-        uint64_t end = i == to.span ? to.offset : spans->lengths[i];
-        copy_span((char *)(uintptr_t)spans->targets[i] + start, (const char *)(uintptr_t)spans->sources[i] + start,
-                  (size_t)(end - start));
+    if (unit->digest == NULL) {
+        copy_span(unit->target, unit->source, unit->length);
+        return;
     }
-    finish_stores();
+    struct checksums checksums = copy_digesting(unit->target, unit->source, unit->length);
+    unit->digest->crc64nvme = checksums.crc64nvme;
+    unit->digest->crc32 = checksums.crc32;
 }
 
 static void work(struct job *job)
 {
-    size_t piece;
-    while ((piece = atomic_fetch_add(&job->next, 1)) < job->pieces) {
-        copy_range(&job->spans, job->starts[piece], job->starts[piece + 1]);
-        if (atomic_fetch_add(&job->done, 1) + 1 == job->pieces) {
+    size_t batch;
+    while ((batch = atomic_fetch_add(&job->next, 1)) < job->batches) {
+        for (size_t i = job->starts[batch]; i < job->starts[batch + 1]; i++)
+            copy_unit(&job->units[i]);
+        finish_stores();
+        if (atomic_fetch_add(&job->done, 1) + 1 == job->batches) {
             pthread_mutex_lock(&job->lock);
             pthread_cond_signal(&job->all_done);
             pthread_mutex_unlock(&job->lock);
@@ -135,6 +152,8 @@ static void let_go(struct job *job)
     if (atomic_fetch_sub(&job->holders, 1) == 1) {
         pthread_cond_destroy(&job->all_done);
         pthread_mutex_destroy(&job->lock);
+        free(job->units);
+        free(job->starts);
         free(job);
     }
 }
@@ -169,52 +188,106 @@ static void start_helpers(struct job *job, size_t count)
     pthread_attr_destroy(&attributes);
 }
 
-static struct job *make_job(const struct spans *spans, uint64_t total_bytes)
+static char *target_of(const struct spans *spans, uint64_t target)
 {
-    size_t pieces = (size_t)((total_bytes + PIECE_BYTES - 1) / PIECE_BYTES);
-    struct job *job = malloc(sizeof *job + (pieces + 1) * sizeof *job->starts);
+    return (char *)(uintptr_t)(spans->target_base + target);
+}
+
+static const char *source_of(const struct spans *spans, uint64_t source)
+{
+    return (const char *)(uintptr_t)(spans->source_base + source);
+}
+
+static size_t units_of(uint64_t target, uint64_t length)
+{
+    return length ? (size_t)((target + length - 1) / UNIT_BYTES - target / UNIT_BYTES + 1) : 0;
+}
+
+/* Cuts the spans into units, and these into batches; fills all of a digest but its checksums. */
+static void lay_out(struct job *job, const struct spans *spans, struct digests *digests)
+{
+    size_t unit = 0;
+    uint64_t batch_bytes = BATCH_BYTES;
+
+    for (size_t i = 0; i < spans->count; i++) {
+        int digested = digests->entries != NULL && spans->lengths[i] >= digests->from_bytes;
+        for (uint64_t at = 0; at < spans->lengths[i];) {
+            uint64_t target = spans->targets[i] + at, left = spans->lengths[i] - at;
+            uint64_t source = spans->sources[i] + at, room = UNIT_BYTES - target % UNIT_BYTES;
+            uint64_t length = left < room ? left : room;
+            struct digest *digest = digested ? &digests->entries[digests->count++] : NULL;
+            if (digest != NULL)
+                *digest = (struct digest){target, length, 0, 0};
+            if (batch_bytes >= BATCH_BYTES) {
+                job->starts[job->batches++] = unit;
+                batch_bytes = 0;
+            }
+            job->units[unit++] = (struct unit){target_of(spans, target), source_of(spans, source), (size_t)length, digest};
+            batch_bytes += length;
+            at += length;
+        }
+    }
+    job->starts[job->batches] = unit;
+}
+
+static struct job *make_job(const struct spans *spans, struct digests *digests)
+{
+    size_t units = 0;
+    struct job *job = calloc(1, sizeof *job);
     if (job == NULL)
         return NULL;
-    job->spans = *spans;
-    job->pieces = pieces;
+    for (size_t i = 0; i < spans->count; i++)
+        units += units_of(spans->targets[i], spans->lengths[i]);
+    job->units = malloc((units + 1) * sizeof *job->units);
+    job->starts = malloc((units + 1) * sizeof *job->starts);
+    if (job->units == NULL || job->starts == NULL) {
+        free(job->units);
+        free(job->starts);
+        free(job);
+        return NULL;
+    }
     atomic_init(&job->next, 0);
     atomic_init(&job->done, 0);
     atomic_init(&job->holders, 1);
     pthread_mutex_init(&job->lock, NULL);
     pthread_cond_init(&job->all_done, NULL);
-    size_t piece = 0;
-    uint64_t before_bytes = 0; /* lengths of the spans before this one */
-    for (size_t i = 0; i < spans->count; i++) {
-        for (; piece * PIECE_BYTES < before_bytes + spans->lengths[i]; piece++)
-            job->starts[piece] = (struct place){i, piece * PIECE_BYTES - before_bytes};
-        before_bytes += spans->lengths[i];
-    }
-    job->starts[pieces] = (struct place){spans->count, 0};
+    lay_out(job, spans, digests);
     return job;
 }
 
-/* Copies `lengths[i]` bytes from address `sources[i]` to `targets[i]`, for every i < count, on up to `threads` threads
- * of which the caller is one. No target may overlap anything else. Every byte has arrived when this returns. */
-void cairn_copy(const uint64_t *targets, const uint64_t *sources, const uint64_t *lengths, uint64_t count,
-                uint64_t threads)
+/* Whether cairn_copy takes digests on this processor. */
+int cairn_can_digest(void)
 {
-    struct spans spans = {targets, sources, lengths, (size_t)count};
-    struct job *job = NULL;
-    uint64_t total_bytes = 0;
+    return can_digest();
+}
 
-    for (size_t i = 0; i < spans.count; i++)
-        total_bytes += lengths[i];
-    if (threads > 1 && total_bytes > PIECE_BYTES)
-        job = make_job(&spans, total_bytes);
-    if (job == NULL) {
-        copy_range(&spans, (struct place){0, 0}, (struct place){spans.count, 0});
-        return;
+/* Copies `lengths[i]` bytes from `sources[i]` to `targets[i]`, for every i < count, on up to `threads` threads of which
+ * the caller is one. To all targets and sources their base is added: addresses with a base of 0, or offsets. No target
+ * may overlap anything else. Every byte has arrived when this returns.
+ *
+ * If `digests` is not NULL, spans of at least `from_bytes` are digested, in pieces that end where a target is a multiple
+ * of 4 MiB. Returns how many digests that were; the caller has made room for them. Needs cairn_can_digest(). */
+uint64_t cairn_copy(const uint64_t *targets, const uint64_t *sources, const uint64_t *lengths, uint64_t count,
+                    uint64_t target_base, uint64_t source_base, uint64_t threads, struct digest *digests,
+                    uint64_t from_bytes)
+{
+    struct spans spans = {targets, sources, lengths, target_base, source_base, (size_t)count};
+    struct digests wanted = {digests, from_bytes, 0};
+    struct job *job = make_job(&spans, &wanted);
+
+    if (job == NULL) { /* no memory: without digests, and alone */
+        for (size_t i = 0; i < spans.count; i++)
+            copy_span(target_of(&spans, targets[i]), source_of(&spans, sources[i]), (size_t)lengths[i]);
+        finish_stores();
+        return 0;
     }
-    start_helpers(job, (size_t)(threads < job->pieces ? threads : job->pieces) - 1);
+    if (job->batches > 1)
+        start_helpers(job, (size_t)(threads < job->batches ? threads : job->batches) - 1);
     work(job);
     pthread_mutex_lock(&job->lock);
-    while (atomic_load(&job->done) < job->pieces)
+    while (atomic_load(&job->done) < job->batches)
         pthread_cond_wait(&job->all_done, &job->lock);
     pthread_mutex_unlock(&job->lock);
     let_go(job);
+    return wanted.count;
 }

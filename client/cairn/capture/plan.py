@@ -15,8 +15,8 @@ import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, repeat
-from operator import add
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 
@@ -28,7 +28,7 @@ from cairn.capture.stitching import NotPlainError, Template, first_records, last
 from cairn.capture.zip_layout import Layout, Record, RecordTable, lay_out
 from cairn_api.errors import ConfigurationError, InternalError
 
-__all__ = ["CapturePlan", "Planner", "RecordTable", "Remainder", "plan"]
+__all__ = ["CapturePlan", "Planner", "RecordTable", "Remainder", "Written", "plan"]
 
 log = logging.getLogger("cairn")
 
@@ -57,10 +57,27 @@ class Remainder:
         self._spans = replace(spans, holders=self.storages, pointers=[storage.data_ptr() for storage in self.storages])
         self._threads = threads
 
-    def copy(self) -> None:
-        """Copy it: one call without the interpreter lock, from any thread; returns when every byte has arrived."""
+    def copy(self) -> array[int]:
+        """Copy it: one call without the interpreter lock, from any thread; returns when every byte has arrived.
+
+        Returns the checksums that were taken on the way, as ``Written.digests``.
+        """
         self._spans.check()
-        copy_spans(self._image, self._spans, self._threads)
+        return copy_spans(self._image, self._spans, self._threads)
+
+
+class Written(NamedTuple):
+    """What :meth:`CapturePlan.write_into` has done.
+
+    Attributes:
+        digests: the checksums of pieces of the image that were taken while they were copied, in rows of four numbers:
+            offset and length in bytes, CRC-64/NVME, CRC-32. Each piece lies within one record and within one aligned
+            block of :data:`cairn.capture.native.UNIT_BYTES`.
+        remainder: what is left to copy, with checksums of its own.
+    """
+
+    digests: array[int]
+    remainder: Remainder | None
 
 
 class CapturePlan:
@@ -94,7 +111,7 @@ class CapturePlan:
         may_wait: Callable[[torch.UntypedStorage], bool] | None = None,
         *,
         threads: int | None = None,
-    ) -> Remainder | None:
+    ) -> Written:
         """Fill the first ``size_bytes`` of *image*, a writable contiguous buffer of bytes in CPU memory.
 
         Every byte has arrived, also from GPUs, when this returns: changing the tensors afterwards changes nothing. The
@@ -102,7 +119,7 @@ class CapturePlan:
         May be called once. *threads* is how many may copy, by default one per core.
 
         With *may_wait*, what takes at least 1 MiB of a storage for which it says True is left out, and is to be copied
-        by the :class:`Remainder` that is returned then.
+        by the ``remainder`` that is returned then.
         """
         target = _as_bytes(image)
         if target.numel() < self.size_bytes:
@@ -118,9 +135,9 @@ class CapturePlan:
                     remainder = Remainder(target, spans.subset(late), threads)
                     excluded = set(late)
                     spans = spans.subset([index for index in range(len(spans.lengths)) if index not in excluded])
-            copy_spans(target, spans, threads)
+            digests = copy_spans(target, spans, threads)
             self._write_ribs(target)
-        return remainder
+        return Written(digests, remainder)
 
     def windows(self, window_bytes: int) -> Iterator[memoryview]:
         """The image as consecutive chunks of *window_bytes*, the last one shorter, for stream transports.
@@ -163,8 +180,10 @@ class CapturePlan:
         layout = self._layout
         if native.available():
             start = ctypes.addressof(ctypes.c_char.from_buffer(layout.ribs))
-            targets = array("Q", map(add, repeat(target.data_ptr()), layout.rib_offsets))
-            native.copy(targets, array("Q", map(add, repeat(start), layout.rib_starts)), layout.rib_lengths)
+            native.copy(
+                layout.rib_offsets, layout.rib_starts, layout.rib_lengths,
+                target_base=target.data_ptr(), source_base=start,
+            )  # fmt: skip
             return
         lengths = layout.rib_lengths.tolist()
         ribs = torch.frombuffer(layout.ribs, dtype=torch.uint8).split_with_sizes(lengths)

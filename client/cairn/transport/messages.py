@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from cairn.transport.connection import error_from
@@ -28,12 +28,20 @@ class Records(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PartitionPlan:
-    """One partition as it is handed over: its name, its length, its zip members and the globals in its pickle."""
+    """One partition as it is handed over: its name, its length, its zip members and the globals in its pickle.
+
+    ``digests`` is what was digested while it was copied, as ``SealRequest.digests`` has it: rows of four numbers.
+    """
 
     name: str
     size_bytes: int
     records: Records
     globals: tuple[str, ...]
+    digests: Sequence[int] = ()
+
+    def digested(self, digests: Sequence[int]) -> PartitionPlan:
+        """The same with what is known of its bytes, once they are copied."""
+        return replace(self, digests=digests)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from cairn.transport.stream import BulkStub, put
 from cairn_api.errors import CairnError
 from cairn_api.names import VersionId
 from cairn_api.v1 import save_pb2, save_pb2_grpc
-from cairn_api.wire import PROTOCOL_VERSION, SLOWEST_STREAM_BYTES_PER_S
+from cairn_api.wire import PROTOCOL_VERSION, SLOWEST_STREAM_BYTES_PER_S, pack_column
 
 _SERVICE = save_pb2_grpc.SaveStub
 
@@ -171,6 +171,7 @@ class SaveCalls:
             size_bytes=partition.size_bytes,
             records=records_to_wire(partition.records),
             globals=partition.globals,
+            digests=pack_column(partition.digests),
         )
         self._caller.unary(_SERVICE, "Seal", save_pb2.SealReply, request, CALL_TIMEOUT_S)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from typing import Any
 
 from cairn_api.errors import ConfigurationError
@@ -10,8 +11,8 @@ from cairn_api.names import VersionId, check_tag, parse_version
 from cairn_api.v1 import save_pb2
 from cairn_api.v1 import types_pb2 as pb
 from cairn_api.wire import unpack_column
-from cairnd.digests import RecordTable
 from cairnd.model import CopyState, Tier, Version, VersionState
+from cairnd.records import PieceDigests, RecordTable
 
 _STATES: dict[VersionState, Any] = {
     state: pb.VersionState.Value(f"VERSION_STATE_{state.name}") for state in VersionState
@@ -49,8 +50,17 @@ def seconds_from(value: float, longest_s: float = 24 * 3600.0) -> float:
 
 def records_from(message: save_pb2.RecordTable) -> RecordTable:
     columns = (message.offsets, message.lengths, message.descriptor_crc_offsets, message.directory_crc_offsets)
+    return RecordTable(*map(_column_from, columns))
+
+
+def digests_from(packed: bytes) -> PieceDigests:
+    """Raises :class:`ConfigurationError` for what is no array of rows."""
+    return PieceDigests(_column_from(packed))
+
+
+def _column_from(packed: bytes) -> array[int]:
     try:
-        return RecordTable(*map(unpack_column, columns))
+        return unpack_column(packed)
     except ValueError as error:
         raise ConfigurationError(
             "a column of the record table is not a packed array of 64-bit numbers",

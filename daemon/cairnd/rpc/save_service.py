@@ -12,7 +12,6 @@ from cairn_api.v1 import save_pb2_grpc, types_pb2
 from cairn_api.wire import PROTOCOL_VERSION
 from cairnd import __version__
 from cairnd.catalog.catalog import Catalog
-from cairnd.digests import SealingPass
 from cairnd.model import Tier, Version, VersionState
 from cairnd.replication.bucket import EpochClaim
 from cairnd.replication.persist import Persistence
@@ -21,6 +20,7 @@ from cairnd.rpc import convert
 from cairnd.rpc.server import caller, translated
 from cairnd.rpc.spool import StreamSlots, parsed, pieces, spool
 from cairnd.rpc.status import abort, to_proto, unforeseen
+from cairnd.sealing import SealingPass
 from cairnd.session.clients import Client, Clients
 from cairnd.session.launches import Launches
 from cairnd.session.memory import CaptureMemory
@@ -181,6 +181,7 @@ class SaveService(save_pb2_grpc.SaveServicer):
             size_bytes=request.size_bytes,
             records=convert.records_from(request.records),
             globals_=request.globals,
+            digests=convert.digests_from(request.digests),
         )
         return pb.SealReply()
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from cairn_api.errors import ConfigurationError, OverloadedError
 from cairn_api.names import VersionId
 from cairn_api.wire import PAGE_BYTES
-from cairnd.digests import RecordTable
 from cairnd.metrics import Metrics
+from cairnd.records import RecordTable
 
 F_SEAL_FUTURE_WRITE = 0x0010
 """linux/fcntl.h; not in Python's fcntl module before 3.13."""

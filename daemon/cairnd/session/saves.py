@@ -16,10 +16,11 @@ from cairn_api.names import VersionId, check_partition, stored_path
 from cairnd import layout
 from cairnd.catalog.catalog import Catalog
 from cairnd.clock import Clock
-from cairnd.digests import Digest, RecordTable
+from cairnd.digests import Digest
 from cairnd.events import EventLog
 from cairnd.metrics import Metrics
 from cairnd.model import CopyState, Partition, Tier, Version, VersionState
+from cairnd.records import PieceDigests, RecordTable
 from cairnd.session.clients import Client
 from cairnd.session.memory import CaptureMemory, Segment
 from cairnd.session.rules import check_launch, check_new, check_paths, check_same_launch, clash
@@ -38,6 +39,7 @@ class Received:
     globals: tuple[str, ...]
     segment: Segment | None = None
     records: RecordTable | None = None
+    digests: PieceDigests | None = None
     writer: BulkWriter | None = None
     digest: Digest | None = None
 
@@ -162,6 +164,7 @@ class Saves:
         size_bytes: int,
         records: RecordTable,
         globals_: Sequence[str],
+        digests: PieceDigests,
     ) -> None:
         """Take over a partition that lies in a shared buffer. What it replaces (a repeated call's) is let go."""
         save = self._require(client, version_id)
@@ -182,10 +185,11 @@ class Saves:
         if records == segment.records:
             records = segment.records  # which was checked: the rank waits for this
         records.validate(size_bytes)
+        digests.validate(size_bytes, records)
         segment.records = records
         self._drop(save, rank, name)
         segment.owner, segment.partition = owner, (rank, name)
-        save.received[rank, name] = Received(name, rank, size_bytes, tuple(globals_), segment, records)
+        save.received[rank, name] = Received(name, rank, size_bytes, tuple(globals_), segment, records, digests)
 
     async def begin_stream(
         self, client: Client, version_id: VersionId, *, rank: int, name: str, size_bytes: int

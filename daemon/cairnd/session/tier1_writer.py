@@ -62,8 +62,13 @@ class Tier1Writer:
         protect: bool,
         threads: int = 2,
         bytes_per_s: int = 0,
+        recheck_every: int = 1,
     ) -> None:
-        """*threads* of 1 digests and writes by turns. *bytes_per_s* of 0 is no limit."""
+        """*threads* of 1 digests and writes by turns. *bytes_per_s* of 0 is no limit.
+
+        Of the pieces that clients digested while they copied, one in *recheck_every* is digested again, by turns, and
+        at least one of each partition.
+        """
         self._node = node
         self._catalog = catalog
         self._tier1 = tier1
@@ -76,6 +81,7 @@ class Tier1Writer:
         self._protect = protect
         self._lanes = asyncio.Semaphore(write_lanes(threads))
         self._digesting = ThreadPoolExecutor(write_lanes(threads), "cairnd-digest") if threads > 1 else None
+        self._recheck_every = recheck_every
         self._throttle = Throttle(clock, bytes_per_s)
         self._queue: asyncio.Queue[OpenSave] = asyncio.Queue()
 
@@ -123,7 +129,8 @@ class Tier1Writer:
         # The folders are made durable beside the data: later, each sync would add its wait for the disk.
         folders = [layout.partition(version.job, version.id, save.path_of(item)) for item in items]
         folders.append(layout.manifest(version.job, version.id))
-        await asyncio.gather(self._make_folders(folders, failures), *(self._drain(item, failures) for item in items))
+        drained = (self._drain(item, version.id.sequence, failures) for item in items)
+        await asyncio.gather(self._make_folders(folders, failures), *drained)
         try:
             if failures:
                 raise failures[0]
@@ -134,13 +141,16 @@ class Tier1Writer:
         await self._workers.run(self._publish, save, manifest)
         return manifest.partitions
 
-    async def _drain(self, item: Received, failures: list[Exception]) -> None:
-        """Write one partition, unless it came as a stream, and note its digest; adds to *failures*, and heeds them."""
+    async def _drain(self, item: Received, turn: int, failures: list[Exception]) -> None:
+        """Write one partition, unless it came as a stream, and note its digest; adds to *failures*, and heeds them.
+
+        *turn* chooses what is digested again of that which the client digested.
+        """
         if item.digest is not None:
             return
         async with self._lanes:
             try:
-                draining = Draining(item, self._digesting)
+                draining = Draining(item, self._digesting, self._rechecked(item, turn))
                 step_bytes = self._step_bytes(item.size_bytes)
                 for start in range(0, item.size_bytes, step_bytes):
                     if failures:
@@ -151,6 +161,11 @@ class Tier1Writer:
                 item.digest = await self._workers.run(draining.finish)
             except Exception as error:  # noqa: BLE001 - told by the caller
                 failures.append(error)
+
+    def _rechecked(self, item: Received, turn: int) -> range:
+        count = len(item.digests.pieces) if item.digests is not None else 0
+        every = max(1, min(self._recheck_every, count))
+        return range(turn % every, count, every)
 
     async def _make_folders(self, keys: list[str], failures: list[Exception]) -> None:
         try:

@@ -210,7 +210,7 @@ class RecordTable(_message.Message):
     def __init__(self, offsets: _Optional[bytes] = ..., lengths: _Optional[bytes] = ..., descriptor_crc_offsets: _Optional[bytes] = ..., directory_crc_offsets: _Optional[bytes] = ...) -> None: ...
 
 class SealRequest(_message.Message):
-    __slots__ = ("job", "id", "rank", "name", "segment", "size_bytes", "records", "globals")
+    __slots__ = ("job", "id", "rank", "name", "segment", "size_bytes", "records", "globals", "digests")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +219,7 @@ class SealRequest(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     RECORDS_FIELD_NUMBER: _ClassVar[int]
     GLOBALS_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
     job: str
     id: _types_pb2.VersionId
     rank: int
@@ -227,7 +228,8 @@ class SealRequest(_message.Message):
     size_bytes: int
     records: RecordTable
     globals: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, job: _Optional[str] = ..., id: _Optional[_Union[_types_pb2.VersionId, _Mapping]] = ..., rank: _Optional[int] = ..., name: _Optional[str] = ..., segment: _Optional[str] = ..., size_bytes: _Optional[int] = ..., records: _Optional[_Union[RecordTable, _Mapping]] = ..., globals: _Optional[_Iterable[str]] = ...) -> None: ...
+    digests: bytes
+    def __init__(self, job: _Optional[str] = ..., id: _Optional[_Union[_types_pb2.VersionId, _Mapping]] = ..., rank: _Optional[int] = ..., name: _Optional[str] = ..., segment: _Optional[str] = ..., size_bytes: _Optional[int] = ..., records: _Optional[_Union[RecordTable, _Mapping]] = ..., globals: _Optional[_Iterable[str]] = ..., digests: _Optional[bytes] = ...) -> None: ...
 
 class SealReply(_message.Message):
     __slots__ = ()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import zlib
+from array import array
+from collections import Counter
 from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
 import torch
+from awscrt.checksums import crc64nvme
 
+from cairn.capture import native
 from cairn.capture.plan import CapturePlan, plan
 from cairn.capture.zip_layout import RecordTable
 
@@ -23,9 +27,26 @@ def image_of(state: object) -> bytearray:
 def filled(planned: CapturePlan) -> bytearray:
     """Write a plan into a buffer that holds old bytes everywhere, and make its CRC-32 fields true."""
     image = bytearray(b"\xa5" * planned.size_bytes)
-    planned.write_into(memoryview(image))
+    check_digests(planned.write_into(memoryview(image)).digests, image, planned)
     fill_crcs(image, planned.records)
     return image
+
+
+def check_digests(digests: array[int], image: bytearray | torch.Tensor, planned: CapturePlan) -> None:
+    """The checksums taken while copying are those of *image*, each within a record, and cover all long records."""
+    content = memoryview(image if isinstance(image, bytearray) else bytearray(image.numpy()))
+    ends = dict(zip(planned.records.offsets, planned.records.lengths, strict=True))
+    covered: Counter[int] = Counter()
+    for offset, length, crc64, crc32 in zip(*(digests[column::4] for column in range(4)), strict=True):
+        assert (crc64, crc32) == (crc64nvme(content[offset : offset + length]), zlib.crc32(content[offset:][:length]))
+        assert offset // native.UNIT_BYTES == (offset + length - 1) // native.UNIT_BYTES
+        record = max(start for start in ends if start <= offset)
+        assert offset + length <= record + ends[record]
+        covered[record] += length
+    assert all(ends[record] == length for record, length in covered.items())
+    if native.can_digest() and planned.fallback_reason is None:
+        long = {start for start, length in ends.items() if length >= native.DIGESTED_FROM_BYTES}
+        assert len(long - set(covered)) <= 1, "the pickle is no tensor, and may be long"
 
 
 def fill_crcs(image: bytearray, records: RecordTable) -> None:

@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 import threading
+import zlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from random import Random
 
 import pytest
+from awscrt.checksums import crc64nvme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +27,10 @@ MIB = 1 << 20
 GUARD = 0xA5
 
 needs_library = pytest.mark.skipif(not native.available(), reason="the copy library was not built: no C compiler")
+
+needs_digesting = pytest.mark.skipif(
+    not native.can_digest(), reason="NOT PROVED HERE: this processor takes no checksums while it copies"
+)
 
 
 @dataclass
@@ -82,6 +88,85 @@ def test_every_byte_arrives_and_no_other_changes(parts: list[tuple[int, int, int
     spans = Spans.make(parts, seed)
     spans.copy(threads)
     assert spans.target == spans.expected
+
+
+KIB256 = native.DIGESTED_FROM_BYTES
+long_edges = st.sampled_from([KIB256 - 1, KIB256, KIB256 + 255, native.UNIT_BYTES, 2 * native.UNIT_BYTES + 77])
+
+
+@needs_digesting
+@given(
+    st.lists(st.tuples(st.integers(0, 600_000) | long_edges, st.integers(0, 130), st.integers(0, 130)), max_size=8),
+    st.integers(0, 3 * native.UNIT_BYTES),
+    st.integers(1, 4),
+    st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_long_spans_are_digested_on_the_way(
+    parts: list[tuple[int, int, int]], before: int, threads: int, seed: int
+) -> None:
+    spans = Spans.make(parts, seed)
+    base = _address(spans.target) - before
+    offsets = array("Q", [target - base for target in spans.targets])
+    digests = native.copy_digesting(offsets, spans.sources, spans.lengths, threads, target_base=base)
+    assert spans.target == spans.expected
+    rows = list(zip(*(digests[column::4] for column in range(4)), strict=True))
+    covered = []
+    for offset, length, crc64, crc32 in rows:
+        content = memoryview(spans.target)[offset - before : offset - before + length]
+        assert (crc64, crc32) == (crc64nvme(content), zlib.crc32(content))
+        assert offset // native.UNIT_BYTES == (offset + length - 1) // native.UNIT_BYTES
+        covered.append((offset, offset + length))
+    wanted: list[tuple[int, int]] = []
+    for target, length in zip(spans.targets, spans.lengths, strict=True):
+        if length >= KIB256:
+            start = target - base
+            cuts = [cut for cut in range(0, start + length, native.UNIT_BYTES) if start < cut]
+            wanted += pairwise([start, *cuts, start + length])
+    assert covered == wanted
+
+
+@needs_digesting
+def test_digests_are_of_what_was_stored_while_the_source_changes() -> None:
+    size_bytes = 8 * MIB + 13
+    spans = Spans.make([(size_bytes, 1, 1)], 0)
+    offsets = array("Q", [target - _address(spans.target) for target in spans.targets])
+    over = threading.Event()
+
+    def scribble() -> None:
+        number = 0
+        while not over.is_set():
+            number += 1
+            ctypes.memset(_address(spans.source), number & 255, len(spans.source))
+
+    writer = threading.Thread(target=scribble)
+    writer.start()
+    try:
+        for _ in range(20):
+            digests = native.copy_digesting(offsets, spans.sources, spans.lengths, target_base=_address(spans.target))
+            for offset, length, crc64, crc32 in zip(*(digests[column::4] for column in range(4)), strict=True):
+                content = memoryview(spans.target)[offset : offset + length]
+                assert (crc64, crc32) == (crc64nvme(content), zlib.crc32(content))
+    finally:
+        over.set()
+        writer.join()
+
+
+@needs_library
+def test_a_processor_whose_checksums_are_wrong_takes_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not native.can_digest():
+        pytest.skip("NOT PROVED HERE: this processor takes no checksums while it copies")
+    monkeypatch.setattr(zlib, "crc32", lambda _: 0)
+    native._digesting_library.cache_clear()
+    try:
+        assert not native.can_digest()
+        assert "checksums are wrong" in caplog.text
+        with pytest.raises(InternalError, match="ask can_digest"):
+            native.copy_digesting(array("Q"), array("Q"), array("Q"), target_base=0)
+    finally:
+        native._digesting_library.cache_clear()
 
 
 @needs_library

@@ -15,7 +15,7 @@ import torch
 from cairn.capture import native, plan, stitching
 from cairn.capture.plan import Planner
 from cairn.capture.stitching import NotPlainError, stitch
-from tests.client.capture.images import assert_same, filled, image_of, loaded, through_torch
+from tests.client.capture.images import assert_same, check_digests, filled, image_of, loaded, through_torch
 
 
 def state_of(step: int = 1) -> dict[str, Any]:
@@ -154,14 +154,15 @@ def test_what_may_wait_is_copied_later() -> None:
         expected = torch.frombuffer(image_of(state), dtype=torch.uint8)
         planned = planner.plan(state)
         image = torch.zeros(planned.size_bytes, dtype=torch.uint8)
-        remainder = planned.write_into(image, lambda tensor: tensor.data_ptr() == big.data_ptr())
+        digests, remainder = planned.write_into(image, lambda tensor: tensor.data_ptr() == big.data_ptr())
         assert remainder is not None
         assert remainder.size_bytes == big.nbytes
         assert [storage.data_ptr() for storage in remainder.storages] == [big.data_ptr()]
         small.add_(1.0)
         other.add_(1.0)  # neither was left for later
-        remainder.copy()
+        digests += remainder.copy()
+        check_digests(digests, image, planned)
         different = int(torch.count_nonzero(image != expected))
         assert different <= 8 * len(planned.records), "all but the checksums is as it was"
     image = torch.zeros(planner.plan(state).size_bytes, dtype=torch.uint8)
-    assert planner.plan(state).write_into(image, lambda _: False) is None
+    assert planner.plan(state).write_into(image, lambda _: False).remainder is None

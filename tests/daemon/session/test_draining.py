@@ -8,14 +8,21 @@ import gc
 import hashlib
 import os
 import threading
+import zlib
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+from awscrt.checksums import crc64nvme
 
 from cairn_api.errors import SaveFailedError
 from cairn_api.names import VersionId
-from cairnd.digests import BLOCK_BYTES, RecordTable, SealingPass, digest_of
+from cairnd.digests import BLOCK_BYTES, digest_of
 from cairnd.model import VersionState
+from cairnd.records import PieceDigests, RecordTable
+from cairnd.sealing import SealingPass
+from cairnd.session.draining import WRITE_BYTES
 from cairnd.session.throttle import Throttle
 from tests.clock import ManualClock
 from tests.daemon.conftest import MakeLab
@@ -30,12 +37,12 @@ def noise(size_bytes: int, seed: int = 0) -> bytes:
     return hashlib.shake_128(b"%d" % seed).digest(size_bytes)
 
 
-async def begin(rank: Rank, parts: dict[str, bytes]) -> VersionId:
+async def begin(rank: Rank, parts: dict[str, bytes], **known: Any) -> VersionId:
     """A save up to sealed; it is being written when this returns."""
     version = rank.next()
     rank.create(version)
     for name, data in parts.items():
-        rank.seal(version, name, data)
+        rank.seal(version, name, data, **known)
     await rank.prepare(version, list(parts))
     rank.commit(version)
     return version
@@ -54,7 +61,7 @@ async def test_any_number_of_threads_writes_the_same_bytes_and_digests(make_lab:
 
 
 class OneAhead(RiggedFileSystem):
-    """Ends no write of a large block before the next block was digested; three blocks."""
+    """Ends no write before all that is written next was sealed; three writes."""
 
     def __init__(self, root: Path, digested: threading.Semaphore) -> None:
         super().__init__(root)
@@ -62,27 +69,25 @@ class OneAhead(RiggedFileSystem):
         self.met = 0
 
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
-        if len(data) == BLOCK_BYTES and offset < 2 * BLOCK_BYTES:
+        if len(data) == WRITE_BYTES and offset < 2 * WRITE_BYTES:
             self.met += self._digested.acquire(timeout=PATIENCE_S)
         return super().pwrite(fd, data, offset)
 
 
-async def test_a_block_is_digested_while_the_one_before_is_written(
-    make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lab = await make_lab(capture_memory_bytes=256 * MIB)
+async def test_what_is_written_next_is_sealed_meanwhile(make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = await make_lab(capture_memory_bytes=512 * MIB)
     digested = threading.Semaphore(0)
     process = SealingPass.process
 
     def told(sealing: SealingPass, block: memoryview, offset: int) -> None:
         process(sealing, block, offset)
-        if offset:
+        if offset >= WRITE_BYTES and (offset + len(block)) % WRITE_BYTES == 0:
             digested.release()
 
     monkeypatch.setattr(SealingPass, "process", told)
     lab.app.tier1._fs = fs = OneAhead(lab.tier1, digested)
     (rank,) = await Rank.launch(lab)
-    data = noise(3 * BLOCK_BYTES)
+    data = bytes(3 * WRITE_BYTES)
     version = await rank.save({"model.pt": data})
     assert fs.met == 2
     assert lab.file(version, "model.pt").read_bytes() == data
@@ -139,6 +144,54 @@ async def test_a_limit_spaces_the_writes_out(make_lab: MakeLab) -> None:
     assert lab.file(version, "model.pt").read_bytes() == data
 
 
+def captured(size_bytes: int) -> tuple[bytes, RecordTable, PieceDigests]:
+    """One record between two ribs, and what a client digests of it while it copies."""
+    data = noise(size_bytes)
+    first, last = 64, size_bytes - 64
+    edges = [first, *range(4 * MIB, last, 4 * MIB), last]
+    rows = [
+        (start, stop - start, crc64nvme(data[start:stop]), zlib.crc32(data[start:stop]))
+        for start, stop in pairwise(edges)
+    ]
+    return data, RecordTable([first], [last - first], [0], [0]), PieceDigests([item for row in rows for item in row])
+
+
+@pytest.mark.parametrize("bytes_per_s", [0, 30 * MIB])
+async def test_what_clients_digested_is_put_together_whatever_the_steps_of_the_writes(
+    make_lab: MakeLab, bytes_per_s: int
+) -> None:
+    lab = await make_lab(tier1_write_bytes_per_s=bytes_per_s, capture_memory_bytes=256 * MIB)
+    (rank,) = await Rank.launch(lab)
+    data, records, digests = captured(70 * MIB + 5)
+    version = await begin(rank, {"model.pt": data}, records=records, digests=digests)
+    while state(lab, version) is VersionState.SEALED:
+        lab.clock.advance(0.05)
+        await lab.settle()
+    assert lab.file(version, "model.pt").read_bytes() == data
+    (partition,) = lab.version(version).partitions
+    assert partition.digest == digest_of([memoryview(data)])
+
+
+@pytest.mark.parametrize("one_in", [1, 2])
+async def test_bytes_that_a_client_did_not_digest_end_the_version_when_they_are_checked(
+    make_lab: MakeLab, one_in: int
+) -> None:
+    lab = await make_lab(recheck_one_in=one_in, capture_memory_bytes=256 * MIB)
+    (rank,) = await Rank.launch(lab)
+    data, records, digests = captured(20 * MIB)
+    damaged = bytearray(data)
+    damaged[9 * MIB] ^= 1  # in the third of five pieces: with one in two, the turn of every other save
+    ends = []
+    for _ in range(2):
+        version = await begin(rank, {"model.pt": bytes(damaged)}, records=records, digests=digests)
+        await eventually(lambda version=version: state(lab, version) is not VersionState.SEALED)  # type: ignore[misc]
+        ends.append(state(lab, version))
+    noticed = [end is VersionState.ABORTED for end in ends]
+    assert noticed == [True, True] if one_in == 1 else sorted(noticed) == [False, True]
+    for failure in rank.client.take_failures():
+        assert "not what its client copied" in failure.message
+
+
 async def test_a_throttle_saves_nothing_up_while_idle_and_zero_is_no_limit() -> None:
     clock = ManualClock()
     throttle = Throttle(clock, 100)
@@ -175,7 +228,7 @@ async def test_a_repeated_record_table_is_checked_once(lab: Lab, monkeypatch: py
     for end in (20, 20, 21, 21):  # the same call comes again, as after a reconnection
         lab.app.saves.seal(
             rank.client, version, rank=0, name="model.pt", segment_name=segment.name, size_bytes=len(data),
-            records=RecordTable([10], [end - 10], [30], [60]), globals_=(),
+            records=RecordTable([10], [end - 10], [30], [60]), globals_=(), digests=PieceDigests(),
         )  # fmt: skip
     assert [table.lengths[0] for table in checked] == [10, 11]
 

@@ -13,6 +13,7 @@ from cairn_api.errors import ConfigurationError, OverloadedError, SaveFailedErro
 from cairn_api.names import VersionId
 from cairnd import layout
 from cairnd.model import CopyState, Tier, VersionState
+from cairnd.records import PieceDigests
 from tests.daemon.conftest import MakeLab
 from tests.daemon.lab import JOB, NO_RECORDS, Lab, Rank, eventually, gone, held_fds, state
 from tests.daemon.tiers.rigged import NotesProtection, RiggedFileSystem, failing
@@ -149,7 +150,7 @@ async def test_a_buffer_holds_one_partition_and_is_its_ranks_own(lab: Lab) -> No
     def seal(rank: Rank, name: str, segment_name: str, size_bytes: int = 1) -> None:
         saves.seal(
             rank.client, version, rank=rank.rank, name=name, segment_name=segment_name, size_bytes=size_bytes,
-            records=NO_RECORDS, globals_=(),
+            records=NO_RECORDS, globals_=(), digests=PieceDigests(),
         )  # fmt: skip
 
     seal(ranks[0], "a", segment.name)  # repeated
@@ -169,7 +170,7 @@ async def test_a_buffer_holds_one_partition_and_is_its_ranks_own(lab: Lab) -> No
     with pytest.raises(ConfigurationError, match="still holds another version"):
         saves.seal(
             ranks[0].client, later, rank=0, name="a", segment_name=segment.name, size_bytes=1, records=NO_RECORDS,
-            globals_=(),
+            globals_=(), digests=PieceDigests(),
         )  # fmt: skip
 
 
