@@ -26,6 +26,7 @@ BLOCK_BYTES = 16 * 1024 * 1024
 _BLOCKS = 3
 """Two being read and one being copied."""
 _ALIGNMENT_BYTES = 4096
+_NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 _PROBES = 64
 _LEAST_BYTES = 4 * BLOCK_BYTES
 """Of less than this the cache costs little, and the next reader has it."""
@@ -88,8 +89,8 @@ def read_directly(fd: int, pieces: Sequence[Piece]) -> bool:
         for worker in workers:
             worker.result()
     except OSError as error:
-        if error.errno == errno.EINVAL:
-            return False  # refused by the file system, here or at the first read
+        if error.errno in _NO_DIRECT:
+            return False  # refused by the file system, here or at a read
         raise unreadable(str(error)) from error
     return True
 

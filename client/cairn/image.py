@@ -12,17 +12,19 @@ import io
 import mmap
 import os
 import pickle
+import sys
 from contextlib import suppress
 from typing import IO, Any, NamedTuple, cast
 
 import torch
 from torch import _weights_only_unpickler
 from torch._guards import detect_fake_mode
-from torch.serialization import _load, _open_zipfile_reader
+from torch.serialization import _load, _open_zipfile_reader, _serialization_tls
 
 from cairn.capture.globals import load, under_allow_list
 from cairn.capture.interpreter import collector_paused
-from cairn.reading import Piece, read_pieces
+from cairn.reading import Piece, read_pieces, unreadable
+from cairn.unpickling import NotPlainError, load_plain
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _ALIGNMENT_RECORD = ".storage_alignment"
@@ -73,33 +75,65 @@ class Image:
 
         Raises :class:`ConfigurationError` as :func:`cairn.capture.globals.load` does.
         """
-        if not self._by_storage(weights_only):
-            return load(io.BytesIO(self.memory), map_location=map_location, weights_only=weights_only)
+        if self._by_storage(weights_only):
+            self.memory.seek(0)
+            with collector_paused(), _open_zipfile_reader(cast("IO[bytes]", self.memory)) as reader:
+                if not reader.has_record("constants.pkl"):  # of a compiled module
+                    return self._read(reader, map_location, own_bytes, weights_only=weights_only, presume=presume)
+        return load(io.BytesIO(self.memory), map_location=map_location, weights_only=weights_only)
+
+    def load_of(self, fd: int, *, map_location: Any, weights_only: bool) -> Any:
+        """:meth:`load` of the file *fd* that is mapped here. To read a header costs less than to map the page it is on.
+
+        Raises :class:`UnavailableError` too, when the file cannot be read.
+        """
+        loaded = self.load(map_location=map_location, weights_only=weights_only, presume=True)
+        try:
+            if all(record.holds_in(fd) for record in self.presumed):
+                return loaded
+        except OSError as error:
+            raise unreadable(str(error)) from error
+        return self.load(map_location=map_location, weights_only=weights_only)
+
+    def _by_storage(self, weights_only: bool) -> bool:
+        """Whether the tensors can be views of the image, as far as can be said without looking into the zip."""
+        if self.memory[: len(_ZIP_MAGIC)] != _ZIP_MAGIC or detect_fake_mode(None) is not None:
+            return False
+        # torch.load knows what that means
+        return weights_only or "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+    def _read(self, opened: Any, map_location: Any, own_bytes: int, *, weights_only: bool, presume: bool) -> Any:
+        records = _Records(torch.frombuffer(self.memory, dtype=torch.uint8).untyped_storage(), own_bytes)
+
+        def reader() -> Any:
+            self.presumed = []
+            return _Presuming(opened, self.presumed) if presume and _Presuming.can(opened) else opened
+
+        if _is_plain(opened) and (map_location is None or str(map_location) == "cpu"):
+            offset_of = reader().get_record_offset
+
+            def storage(key: str, size_bytes: int) -> torch.UntypedStorage:
+                start = offset_of(f"data/{key}")
+                return records[start : start + size_bytes]
+
+            with suppress(NotPlainError):
+                location = "cpu" if map_location is None else None
+                return load_plain(opened.get_record("data.pkl"), storage, location=location)
         unpickler = _weights_only_unpickler if weights_only else pickle
 
         def read() -> Any:
-            self.memory.seek(0)
-            self.presumed = []
-            with _open_zipfile_reader(cast("IO[bytes]", self.memory)) as opened:
-                reader = _Presuming(opened, self.presumed) if presume and _Presuming.can(opened) else opened
-                whole = torch.frombuffer(self.memory, dtype=torch.uint8).untyped_storage()
-                records = _Records(whole, own_bytes)
-                return _load(  # type: ignore[no-untyped-call]
-                    reader, map_location, unpickler, overall_storage=records, encoding="utf-8"
-                )
+            return _load(  # type: ignore[no-untyped-call]
+                reader(), map_location, unpickler, overall_storage=records, encoding="utf-8"
+            )
 
-        with collector_paused():
-            return under_allow_list(read) if weights_only else read()
+        return under_allow_list(read) if weights_only else read()
 
-    def _by_storage(self, weights_only: bool) -> bool:
-        """Whether the tensors can be views of the image: not in the formats before zip, nor in a compiled module."""
-        if self.memory[: len(_ZIP_MAGIC)] != _ZIP_MAGIC or detect_fake_mode(None) is not None:
-            return False
-        if not weights_only and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" in os.environ:
-            return False  # torch.load knows what that means
-        self.memory.seek(0)
-        with _open_zipfile_reader(cast("IO[bytes]", self.memory)) as reader:
-            return not reader.has_record("constants.pkl")
+
+def _is_plain(reader: Any) -> bool:
+    """Whether the records are what they look like: in this machine's byte order, and wanted at all."""
+    if not reader.has_record("byteorder") or _serialization_tls.skip_data:
+        return False
+    return bool(reader.get_record("byteorder") == sys.byteorder.encode())
 
 
 class Presumed(NamedTuple):
@@ -112,6 +146,10 @@ class Presumed(NamedTuple):
     def lengths_offset(self) -> int:
         """Where the header says how long its variable part is."""
         return self.header + _HEADER_BYTES - LENGTHS_BYTES
+
+    def holds_in(self, fd: int) -> bool:
+        """Whether that is so in the file *fd*."""
+        return self.holds(int.from_bytes(os.pread(fd, LENGTHS_BYTES, self.lengths_offset), sys.byteorder))
 
     def holds(self, lengths: int) -> bool:
         """Whether *lengths*, the four bytes found there, say the same."""

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from ctypes import Array, addressof, c_char
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import increment_version
 
+from cairn.capture import native
+from cairn.capture.interpreter import collector_paused
 from cairn.direct import is_cold, read_directly
 from cairn.image import LENGTHS_BYTES, Image
 from cairn.reading import Piece, read_pieces
 from cairn_api.errors import ConfigurationError
 
 _MOST_TOLD = 5
+_HINT = "pass tensors of the saved names, shapes and dtypes, or load without `into`; nothing was changed"
+_WITHOUT_STATE = "is of an optimizer that has no state yet"
+_HINT_WITHOUT_STATE = (
+    "an optimizer makes its state in its first step: take one step before this load, or load without `into` and pass "
+    "the result to `load_state_dict`; nothing was changed"
+)
 
 
 class _Pair(NamedTuple):
@@ -26,16 +35,28 @@ class _Pair(NamedTuple):
     target: torch.Tensor
 
 
-def load_into(fd: int, size_bytes: int, into: Any, *, weights_only: bool, alone: bool = False) -> Any:
+@collector_paused()
+def load_into(
+    fd: int,
+    size_bytes: int,
+    into: Any,
+    *,
+    weights_only: bool,
+    alone: bool = False,
+    memory: Array[c_char] | None = None,
+    threads: int = 1,
+) -> Any:
     """``torch.load`` of the first *size_bytes* of file *fd* into the tensors of *into*: see :func:`copy_into`.
 
     What can be is read from the file straight into the live tensors, past the page cache if it is not there and no
-    other process will want it (*alone*). Nothing may change the file meanwhile. *fd* stays the caller's, who shares its
-    open file description with nobody. Raises :class:`UnavailableError` too, when the file cannot be read; some tensors
+    other process will want it (*alone*). Where this process has the file mapped already, that is its *memory*, and
+    *threads* copy from there. Nothing may change the file meanwhile. *fd* stays the caller's, who shares its open file
+    description with nobody. Raises :class:`UnavailableError` too, when the file cannot be read; some tensors
     are changed then.
     """
     image = Image.mapped(fd, size_bytes)
-    cold = presume = is_cold(fd, size_bytes)
+    cold = memory is None and is_cold(fd, size_bytes)
+    presume = True  # the headers are then read along with the tensors
     while True:
         loaded = image.load(map_location="cpu", weights_only=weights_only, own_bytes=0, presume=presume)
         result, pairs = _fitted(loaded, into)
@@ -52,12 +73,24 @@ def load_into(fd: int, size_bytes: int, into: Any, *, weights_only: bool, alone:
                 increment_version(pair.target)
             else:
                 others.append(pair)
-        if not (cold and alone and read_directly(fd, pieces)):
+        if memory is not None:
+            _copy_pieces(memory, pieces, threads)
+        elif not (cold and alone and read_directly(fd, pieces)):
             read_pieces(fd, pieces)
         if all(record.holds(lengths) for record, lengths in zip(image.presumed, headers, strict=True)):
             _copy(others)
             return result
         presume = False  # and then this holds
+
+
+def _copy_pieces(memory: Array[c_char], pieces: Sequence[Piece], threads: int) -> None:
+    start = addressof(memory)
+    native.copy(
+        array("Q", (piece.address for piece in pieces)),
+        array("Q", (start + piece.offset for piece in pieces)),
+        array("Q", (piece.size_bytes for piece in pieces)),
+        threads,
+    )
 
 
 def copy_into(loaded: Any, into: Any) -> Any:
@@ -85,9 +118,10 @@ def _fitted(loaded: Any, into: Any) -> tuple[Any, list[_Pair]]:
     result = _matched(loaded, into, "", pairs, problems)
     if problems:
         more = f" (and {len(problems) - _MOST_TOLD} more)" if len(problems) > _MOST_TOLD else ""
+        without_state = any(problem.endswith(_WITHOUT_STATE) for problem in problems)
         raise ConfigurationError(
             f"the saved state does not fit into the given one: {'; '.join(problems[:_MOST_TOLD])}{more}",
-            hint="pass tensors of the saved names, shapes and dtypes, or load without `into`; nothing was changed",
+            hint=_HINT_WITHOUT_STATE if without_state else _HINT,
         )
     return result, pairs
 
@@ -115,6 +149,9 @@ def _matched(loaded: Any, into: Any, name: str, pairs: list[_Pair], problems: li
             pairs.append(_Pair(loaded, into))
         return into
     if isinstance(loaded, Mapping) and isinstance(into, Mapping):
+        if _is_optimizers(loaded) and _is_optimizers(into) and loaded["state"] and not into["state"]:
+            problems.append(f"{where} {_WITHOUT_STATE}")
+            return loaded
         problems += [f"{_below(name, key)} was not saved" for key in into.keys() - loaded.keys()]
         problems += [f"{_below(name, key)} is not in the given state" for key in loaded.keys() - into.keys()]
         matched = {
@@ -164,6 +201,10 @@ def _difference(loaded: Any, into: Any) -> str:
     if into.device.type == "meta":
         return "has no memory: the given tensor is on the meta device"
     return ""
+
+
+def _is_optimizers(state: Mapping[Any, Any]) -> bool:
+    return "state" in state and "param_groups" in state
 
 
 def _is_sequence(value: Any) -> bool:

@@ -12,13 +12,17 @@ import logging
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from ctypes import Array, c_char
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 
 from cairn.agreement import error_to_json, first_error
+from cairn.capture import native
 from cairn.choice import Candidate, Choice, Inventory, Key, Reads, choose, every_partition, parse_request
 from cairn.session import Session
 from cairn.transport.messages import Fetched, Progress
+from cairn.transport.pool import Pool
 from cairn.transport.restore_calls import Opened, RestoreCalls
 from cairn_api.errors import CairnError, ConfigurationError, VersionError
 
@@ -45,10 +49,14 @@ class Restored:
         fetched: Fetched,
         *,
         streamed: bool,
-        alone: frozenset[str] = frozenset(),
+        pool: Pool,
+        local_ranks: int,
+        alone: frozenset[str],
     ) -> None:
         self.candidate = candidate
         self._alone = alone
+        self._local_ranks = local_ranks
+        self._pool = pool
         self._calls = calls
         self._fetched = fetched
         self._streamed = streamed
@@ -107,11 +115,18 @@ class Restored:
         try:
             if into is not None:
                 # The lease keeps the bytes as they are meanwhile, and nothing of this mapping remains.
-                return load_into(
-                    opened.fd, opened.size_bytes, into, weights_only=weights_only, alone=path in self._alone
-                )
+                with self._mapping_of(opened) as memory:
+                    return load_into(
+                        opened.fd,
+                        opened.size_bytes,
+                        into,
+                        weights_only=weights_only,
+                        alone=path in self._alone,
+                        memory=memory,
+                        threads=native.idle_threads(self._local_ranks),
+                    )
             image = self._image_of(opened)
-            return image.load(map_location=map_location, weights_only=weights_only)
+            return image.load_of(opened.fd, map_location=map_location, weights_only=weights_only)
         finally:
             os.close(opened.fd)
 
@@ -129,6 +144,12 @@ class Restored:
             return cast("BinaryIO", Image.copied(opened.fd, opened.size_bytes).memory)
         finally:
             os.close(opened.fd)
+
+    def _mapping_of(self, opened: Opened) -> AbstractContextManager[Array[c_char] | None]:
+        """The capture buffer itself, if this is the process that saved: it need not ask the kernel for its bytes."""
+        if opened.tier == "memory" and native.available():
+            return self._pool.mapping_of(opened.fd)
+        return nullcontext()
 
     def _image_of(self, opened: Opened) -> Image:
         from cairn.image import Image  # noqa: PLC0415 - needs torch
@@ -150,11 +171,8 @@ class Restored:
         return self._calls.read(self._fetched.lease, path, self._fetched.ready[path].size_bytes)
 
     def close(self) -> None:
-        """End the protection of the version against deletion."""
-        try:
-            self._calls.end_fetch(self._fetched.lease)
-        except CairnError as error:
-            log.info("a fetch could not be ended, its lease will end by itself: %s", error)
+        """End the protection of the version against deletion, soon: this does not wait for the daemon."""
+        self._calls.end_fetch(self._fetched.lease)
 
     def __enter__(self) -> Self:
         return self
@@ -261,6 +279,8 @@ class Loader:
             candidate,
             fetched,
             streamed=session.settings.transport == "stream",
+            pool=session.pool,
+            local_ranks=session.local_ranks,
             alone=frozenset(self._alone(candidate)),
         )
 

@@ -16,6 +16,7 @@ import torch
 
 from cairn.capture import native
 from cairn.direct import BLOCK_BYTES, is_cold, read_directly
+from cairn.image import Image
 from cairn.live import load_into
 from cairn.reading import Piece
 from cairn_api.errors import UnavailableError
@@ -85,6 +86,27 @@ def test_a_file_system_that_refuses_is_noticed() -> None:
     finally:
         os.close(fd)
     assert not target.any()
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_refuses_only_when_it_is_read_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    really = os.preadv
+
+    def preadv(fd: int, buffers: Any, offset: int) -> int:
+        if offset >= BLOCK_BYTES and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(code, os.strerror(code))
+        return really(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    _, pieces = gather([(0, 3 * BLOCK_BYTES)])
+    fd = written(tmp_path / "bytes", bytes(3 * BLOCK_BYTES))
+    try:
+        assert not read_directly(fd, pieces)
+        assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT, "it is about to be read through the cache"
+    finally:
+        os.close(fd)
 
 
 def test_a_file_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
@@ -181,6 +203,8 @@ def test_a_header_of_unusual_length_is_noticed_and_honoured(tmp_path: Path, alon
     live = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
     try:
         load_into(fd, path.stat().st_size, live, weights_only=True, alone=alone)
+        mapped = Image.mapped(fd, path.stat().st_size).load_of(fd, map_location=None, weights_only=True)
     finally:
         os.close(fd)
-    assert all(torch.equal(live[name], saved[name]) for name in saved)
+    for loaded in (live, mapped):
+        assert all(torch.equal(loaded[name], saved[name]) for name in saved)

@@ -139,6 +139,23 @@ def test_what_does_not_fit_is_refused_before_anything_changes(
     assert bytes_of(live) == before
 
 
+@pytest.mark.parametrize("nested", [True, False])
+def test_an_optimizer_without_state_is_told_how_to_make_it(tmp_path: Path, nested: bool) -> None:
+    parameters = [torch.nn.Parameter(torch.rand(10)) for _ in range(20)]
+    for parameter in parameters:
+        parameter.grad = torch.ones(10)
+    trained, fresh = torch.optim.AdamW(parameters), torch.optim.AdamW(parameters)
+    trained.step()
+    saved, into = [{"optimizer": it.state_dict()} if nested else it.state_dict() for it in (trained, fresh)]
+    torch.save(saved, tmp_path / "state.pt")
+    with pytest.raises(ConfigurationError, match=r"of an optimizer that has no state yet\. Next step") as caught:
+        restore(tmp_path / "state.pt", into)
+    assert "take one step before this load" in caught.value.hint
+    fresh.step()
+    into = {"optimizer": fresh.state_dict()} if nested else fresh.state_dict()
+    assert_equal(restore(tmp_path / "state.pt", into), saved)
+
+
 def test_only_some_of_many_differences_are_told(saved: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"t\d+ is not in the given state \(and 1495 more\)"):
         restore(saved, {**state(2), "small": {}})

@@ -8,7 +8,8 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import cairn
+from cairn.capture import native
 from cairn.transport import calls
 from cairn.transport.connection import Connection
 from cairn.transport.restore_calls import RestoreCalls
@@ -166,13 +168,8 @@ def test_the_launch_records_what_it_resumed_from(connect: Connect) -> None:
     assert value_of(third, "step3") == 3.0
 
 
-def test_a_daemon_that_falls_silent_is_given_up_and_not_asked_again(
-    daemon: DaemonProcess, connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client = connect()
-    save(client, "step1", 1.0)
-    chosen = client.choose() or pytest.fail("nothing to restore")
-    monkeypatch.setattr(calls, "SILENCE_TIMEOUT_S", 0.3)
+def asked_by_grpc(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the calls that are made by gRPC from now on."""
     asked: list[str] = []
     real = calls.Caller.stub
 
@@ -181,6 +178,63 @@ def test_a_daemon_that_falls_silent_is_given_up_and_not_asked_again(
         return real(connection, service, name)
 
     monkeypatch.setattr(calls.Caller, "stub", staticmethod(counted))
+    return asked
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_what_is_near_and_verified_is_loaded_without_grpc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always: bool
+) -> None:
+    policy = "always" if always else "cached"
+    with (
+        DaemonProcess(tmp_path / "node", persistent_storage_path="", verify_on_load=policy) as daemon,
+        cairn.connect(job="run-7", runtime_dir=str(daemon.runtime_dir)) as client,
+    ):
+        save(client, "step1", 1.0, durability="tier1")
+        asked = asked_by_grpc(monkeypatch)
+        for again in (False, True):
+            assert value_of(client, "step1") == 1.0
+            assert ("Fetch" in asked) is (always or not again)
+            asked.clear()
+
+
+def test_who_saved_it_loads_into_live_tensors_from_the_buffer_itself(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native.available():
+        pytest.skip("the copy library is not here")
+    runtime_dir = str(daemon.runtime_dir)
+    live = {"x": torch.zeros(50_000)}
+    with cairn.connect(job="run-7", runtime_dir=runtime_dir) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr("cairn.live.read_pieces", None)
+            for number in range(1, 6):  # the two buffers are filled anew
+                save(client, f"step{number}", float(number), durability="tier1")
+                for tag in (max(1, number - 1), number):
+                    client.load(f"step{tag}", "model.pt", into=live)
+                    assert set(live["x"].tolist()) == {float(tag)}
+        with ExitStack() as unfinished:  # somebody may be filling the very buffer
+            client._session.pool.writers.begin(unfinished)
+            live["x"].zero_()
+            client.load("step5", "model.pt", into=live)
+        assert set(live["x"].tolist()) == {5.0}
+    with cairn.connect(job="run-7", runtime_dir=runtime_dir) as client:
+        monkeypatch.setattr("cairn.live._copy_pieces", None)
+        live["x"].zero_()
+        client.load("step5", "model.pt", into=live)
+        assert set(live["x"].tolist()) == {5.0}
+
+
+def test_a_daemon_that_falls_silent_is_given_up_and_not_asked_again(
+    daemon: DaemonProcess, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect()
+    save(client, "step1", 1.0)
+    chosen = client.choose() or pytest.fail("nothing to restore")
+    monkeypatch.setattr(calls, "SILENCE_TIMEOUT_S", 0.3)
+    connection = client._session.restoring._caller.current()
+    monkeypatch.setattr(connection, "welcome", replace(connection.welcome, calls=frozenset()))
+    asked = asked_by_grpc(monkeypatch)
     os.kill(daemon.pid, signal.SIGSTOP)
     try:
         with pytest.raises(cairn.UnavailableError, match="sent nothing"):

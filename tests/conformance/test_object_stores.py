@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import socket
 import subprocess
 import sys
@@ -271,6 +273,31 @@ class TestFileStoreDurability:
                 store.upload("v/b", bad, progress=ignore_progress, cancelled=never, deadline_s=60)
             assert [path.name for path in (tmp_path / "bucket").rglob("*")] == ["v", "a"]
             file.read()  # the caller's descriptor is as it was
+
+    @pytest.mark.parametrize("reads", [0, 1])
+    def test_a_source_that_opens_and_refuses_direct_reads_is_read_as_usual(
+        self, fs: RiggedFileSystem, tmp_path: Path, reads: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        really = fs.pread_into
+        direct = []
+
+        def read(fd: int, buffer: memoryview, offset: int) -> int:
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+                direct.append(offset)
+                if len(direct) > reads:
+                    raise OSError(errno.EINVAL, "no O_DIRECT")
+            return really(fd, buffer, offset)
+
+        monkeypatch.setattr(fs, "pread_into", read)
+        data = os.urandom(9 << 20)
+        (tmp_path / "source").write_bytes(data)
+        source = BinarySource(tmp_path / "source", len(data), digest_of([memoryview(data)]))
+        FileStore(fs, tmp_path / "bucket").upload(
+            "v/a", source, progress=ignore_progress, cancelled=never, deadline_s=60
+        )
+        assert (tmp_path / "bucket/v/a").read_bytes() == data
+        assert len(direct) == reads + 1, "it is not tried again and again"
+        assert not fs.open_fds
 
     def test_short_reads_of_the_source_are_taken_up_again(
         self, fs: RiggedFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,9 +7,10 @@ import mmap
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -28,6 +29,7 @@ from cairn.transport.stream import BulkStub, receive
 from cairn_api.errors import CairnError, InternalError
 from cairn_api.names import VersionId
 from cairn_api.v1 import restore_pb2, restore_pb2_grpc
+from cairn_api.wire import BRIEF_BYTES
 
 log = logging.getLogger("cairn")
 
@@ -57,7 +59,7 @@ class RestoreCalls:
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
         self._job = caller.job
-        self._ended: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._ended: _Ended = queue.SimpleQueue()
         self._ender: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -83,7 +85,7 @@ class RestoreCalls:
         def attempt(connection: Connection) -> Fetched:
             last: restore_pb2.FetchProgress | None = None
             from_tier = ""
-            for last in listen(self._caller.stub(connection, _SERVICE, "Fetch")(request)):
+            for last in self._fetching(connection, request):
                 if last.from_tier:
                     from_tier = tier_name(last.from_tier)
                 progress(Progress(last.done_bytes, last.total_bytes, from_tier))
@@ -95,6 +97,17 @@ class RestoreCalls:
             return Fetched(last.lease, ready, from_tier, last.digested_bytes, last.digest_s)
 
         return self._caller.repeat(attempt)
+
+    def _fetching(
+        self, connection: Connection, request: restore_pb2.FetchRequest
+    ) -> Iterator[restore_pb2.FetchProgress]:
+        """The answers to a fetch: one on the side socket when all is near, else those of the stream."""
+        if "Fetch" in connection.welcome.calls and request.ByteSize() <= BRIEF_BYTES:
+            packed = connection.call("Fetch", request.SerializeToString())
+            if packed is not None:
+                yield restore_pb2.FetchProgress.FromString(packed)
+                return
+        yield from listen(self._caller.stub(connection, _SERVICE, "Fetch")(request))
 
     def open(self, lease: str, path: str, *, hold: bool = False) -> Opened:
         """A descriptor of a fetched partition. Not repeated: the lease dies with the connection.
@@ -116,15 +129,27 @@ class RestoreCalls:
 
     def end_hold_with(self, memory: mmap.mmap, hold: str) -> None:
         """End *hold* soon after *memory* is gone, which may be at any moment and in any thread."""
+        self._start_ender()
+        weakref.finalize(memory, self._ended.put, partial(_end_hold, hold=hold)).atexit = False
+
+    def end_fetch(self, lease: str) -> None:
+        """End the protection that :meth:`fetch` gave, soon: nobody waits for that. Raises nothing."""
+        self._start_ender()
+        self._ended.put(partial(_end_fetch, lease=lease))
+
+    def close(self) -> None:
+        """Nothing more has to be ended: the daemon takes what is left with the connection."""
+        self._ended.put(None)
+
+    def _start_ender(self) -> None:
         with self._lock:
             if self._ender is None:
                 # It knows the queue and the caller only, so that it ends with this object.
                 self._ender = threading.Thread(
-                    target=_end_holds, args=(self._ended, self._caller), name="cairn-restore", daemon=True
+                    target=_end_all, args=(self._ended, self._caller), name="cairn-restore", daemon=True
                 )
                 self._ender.start()
                 weakref.finalize(self, self._ended.put, None).atexit = False
-        weakref.finalize(memory, self._ended.put, hold).atexit = False
 
     def read(self, lease: str, path: str, size_bytes: int) -> mmap.mmap:
         """The *size_bytes* bytes of a fetched partition, as a stream. Not repeated, as :meth:`open`."""
@@ -138,15 +163,22 @@ class RestoreCalls:
         except grpc.RpcError as error:
             raise translate(error) from error
 
-    def end_fetch(self, lease: str) -> None:
-        """End the protection that :meth:`fetch` gave."""
-        request = restore_pb2.EndFetchRequest(lease=lease)
-        self._caller.unary(_SERVICE, "EndFetch", restore_pb2.EndFetchReply, request, CALL_TIMEOUT_S)
+
+def _end_hold(caller: Caller, hold: str) -> None:
+    caller.current().request({"op": "end_hold", "hold": hold})
 
 
-def _end_holds(ended: queue.SimpleQueue[str | None], caller: Caller) -> None:
-    while (hold := ended.get()) is not None:
+def _end_fetch(caller: Caller, lease: str) -> None:
+    request = restore_pb2.EndFetchRequest(lease=lease)
+    caller.unary(_SERVICE, "EndFetch", restore_pb2.EndFetchReply, request, CALL_TIMEOUT_S)
+
+
+_Ended: TypeAlias = "queue.SimpleQueue[Callable[[Caller], None] | None]"
+
+
+def _end_all(ended: _Ended, caller: Caller) -> None:
+    while (end := ended.get()) is not None:
         try:
-            caller.current().request({"op": "end_hold", "hold": hold})
+            end(caller)
         except CairnError as error:
-            log.info("a held buffer could not be given back, the daemon takes it with the connection: %s", error)
+            log.info("what a restore held could not be given back, the daemon takes it with the connection: %s", error)

@@ -1,15 +1,18 @@
 """Digests of bytes that lie somewhere already: a file's or a buffer's, by a few threads side by side.
 
-A cold disk wants several requests in flight, and a warm file is hashed as fast as cores allow. Files are read through
-the page cache on purpose: whoever asked for the digest is about to map the file, and finds its pages there. A read
-around the cache would have to be followed by a second one, or by a copy into memory that costs more than the read.
+A cold disk wants several requests in flight, and a warm file is hashed as fast as cores allow. Everybody has only a few
+blocks in the queue, so that a restore need not wait for a far larger verification. Files are read through the page
+cache on purpose: whoever asked for the digest is about to map the file, and finds its pages there. A read around the
+cache would have to be followed by a second one, or by a copy into memory that costs more than the read.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from queue import SimpleQueue
 
 from awscrt.checksums import combine_crc64nvme, crc64nvme
@@ -19,6 +22,9 @@ from cairnd.tiers.filesystem import FileSystem, read_exactly
 
 READERS = 3
 """Blocks that are read or hashed at once, of all files together."""
+
+_AHEAD = 2 * READERS
+"""Blocks of one file that wait or run: enough to keep all readers busy, and whoever comes next waits for no more."""
 
 _PIECE_BYTES = 4 * 1024 * 1024
 """As much as is hashed at once (see :mod:`cairnd.digests`)."""
@@ -70,17 +76,25 @@ class Hashing:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _digest(self, block: Callable[[int, int], int], size_bytes: int, progress: Progress) -> Digest:
-        spans = [(at, min(BLOCK_BYTES, size_bytes - at)) for at in range(0, size_bytes, BLOCK_BYTES)]
-        futures: list[Future[int]] = [self._pool.submit(block, *span) for span in spans]
+        spans = ((at, min(BLOCK_BYTES, size_bytes - at)) for at in range(0, size_bytes, BLOCK_BYTES))
+        ahead: deque[tuple[Future[int], int, int]] = deque()
+
+        def submit(count: int) -> None:
+            ahead.extend((self._pool.submit(block, *span), *span) for span in islice(spans, count))
+
         crcs: list[int] = []
         whole = 0
         try:
-            for future, (offset, length) in zip(futures, spans, strict=True):
+            submit(_AHEAD)
+            while ahead:
+                future, offset, length = ahead[0]
                 crcs.append(future.result())
+                ahead.popleft()
+                submit(1)
                 whole = combine_crc64nvme(whole, crcs[-1], length)
                 progress(offset + length)
         finally:
-            _over(futures)  # the file is closed, and the buffer given back, when this returns
+            _over([future for future, _, _ in ahead])  # the file is closed, and the buffer given back, on return
         return Digest(size_bytes, whole, tuple(crcs))
 
     @contextmanager

@@ -141,6 +141,26 @@ class Fetcher:
                 self.end(lease)
                 raise
 
+    def is_near(self, version: Version, paths: Sequence[str]) -> bool:
+        """Whether all of *paths* is here and was verified, so that a fetch of it neither waits nor reads.
+
+        Raises :class:`VersionError` as :meth:`fetch` does.
+        """
+        partitions = self._select(version, paths)
+        if not version.restorable or version.state is VersionState.SEALED:
+            return False
+        if version.has(Tier.TIER2) and not version.has(Tier.TIER1):
+            return False  # a fetch may have to make the copy in tier 1 complete
+        return all(self._is_verified(version, partition) for partition in partitions)
+
+    def _is_verified(self, version: Version, partition: Partition) -> bool:
+        if version.has(Tier.MEMORY):
+            for segment in self._memory.of_version(version.job, version.id):
+                if segment.partition == (partition.rank, partition.name):
+                    return self._memory_copies.knows(segment, partition)
+        key = layout.partition(version.job, version.id, partition.path)
+        return version.has(Tier.TIER1) and self._verified.knows(key, partition)
+
     def open(self, lease: Lease, path: str) -> tuple[int, Fetched]:
         """A read-only descriptor of a fetched partition, owned by the caller. Blocks briefly."""
         fetched = lease.partitions.get(path)

@@ -88,6 +88,10 @@ class Inventory:
         claims = self._epochs.get(job, [])
         return claims[0] if claims else None
 
+    def has_bucket(self, job: str) -> bool:
+        """Whether :meth:`refresh` has anything to look at."""
+        return bool(self._location(job))
+
     async def refresh(self, job: str) -> str:
         """Bring *job* up to date with its bucket; returns why that was not possible, or an empty string.
 

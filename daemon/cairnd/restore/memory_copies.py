@@ -53,12 +53,16 @@ class MemoryCopies:
         self._known: dict[str, tuple[tuple[str, VersionId] | None, Digest]] = {}
         self._holds: dict[str, _Hold] = {}
 
+    def knows(self, segment: Segment, partition: Partition) -> bool:
+        """Whether :meth:`intact` would say yes without hashing."""
+        return not self._verified.always and self._known.get(segment.name) == (segment.owner, partition.digest)
+
     async def intact(self, segment: Segment, partition: Partition, meter: Meter) -> bool:
         """Whether *segment* holds the bytes of *partition*. Nobody may let the segment go meanwhile."""
         digest = partition.digest
         if digest is None:
             return False
-        if self._known.get(segment.name) == (segment.owner, digest) and not self._verified.always:
+        if self.knows(segment, partition):
             return True
         found = await self._workers.run(self._hash, segment, partition, meter)
         if found != digest:

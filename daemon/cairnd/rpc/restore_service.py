@@ -16,7 +16,7 @@ from cairnd.catalog.catalog import Catalog
 from cairnd.catalog.jobs import JobBook
 from cairnd.catalog.leases import Leases
 from cairnd.model import CopyState, Version, VersionState
-from cairnd.restore.fetcher import Fetcher
+from cairnd.restore.fetcher import Fetcher, Progress
 from cairnd.restore.inventory import Inventory
 from cairnd.rpc import convert
 from cairnd.rpc.server import translated, translated_stream
@@ -90,6 +90,41 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
 
     @translated_stream
     async def Fetch(self, request: pb.FetchRequest, client: Client) -> AsyncIterator[pb.FetchProgress]:
+        version = await self._version_of(request, client)
+        fetch = self._fetcher.fetch(client.number, version, request.paths, source=request.source)
+        async with aclosing(fetch):  # a call that is cancelled ends its fetch now, not when it is collected
+            async for progress in fetch:
+                yield _progress_to(progress)
+
+    async def fetch_near(self, request: pb.FetchRequest, client: Client, most_bytes: int) -> pb.FetchProgress | None:
+        """What :meth:`Fetch` says last, if nothing has to be brought or read first.
+
+        None if something has to, or if the message has more than *most_bytes*: then nothing was done.
+        """
+        if request.source:
+            return None
+        version = await self._version_of(request, client)
+        if not self._fetcher.is_near(version, request.paths):
+            return None
+        message = pb.FetchProgress()
+        tier = message.from_tier
+        async with aclosing(self._fetcher.fetch(client.number, version, request.paths)) as fetch:
+            async for progress in fetch:
+                message = _progress_to(progress)
+                tier = message.from_tier or tier
+        message.from_tier = tier
+        if message.ByteSize() <= most_bytes:
+            return message
+        self._fetcher.end(self._leases.get(message.lease, client.number))
+        return None
+
+    def resolves_at_once(self, request: pb.ResolveRequest) -> bool:
+        """Whether :meth:`Resolve` would neither wait nor ask a bucket."""
+        job = check_job(request.job)
+        asks = bool(request.source) or (not request.local_only and self._inventory.has_bucket(job))
+        return not asks and not self._unsettled(job)
+
+    async def _version_of(self, request: pb.FetchRequest, client: Client) -> Version:
         job, version_id = check_job(request.job), convert.id_from(request.id)
         self._jobs.check_owner(job, client.uid, client.privileged)
         if request.source:
@@ -99,21 +134,7 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
         else:
             version = self._catalog.require(job, version_id)
         _check_owner(client, [version])
-        fetch = self._fetcher.fetch(client.number, version, request.paths, source=request.source)
-        async with aclosing(fetch):  # a call that is cancelled ends its fetch now, not when it is collected
-            async for progress in fetch:
-                message = pb.FetchProgress(
-                    done_bytes=progress.done_bytes,
-                    total_bytes=progress.total_bytes,
-                    lease=progress.lease,
-                    digested_bytes=progress.digested_bytes,
-                    digest_s=progress.digest_s,
-                )
-                if progress.tier is not None:
-                    message.from_tier = convert.tier_to(progress.tier)
-                for item in progress.ready:
-                    message.ready.add(path=item.path, tier=convert.tier_to(item.tier), size_bytes=item.size_bytes)
-                yield message
+        return version
 
     @translated_stream
     async def Read(self, request: pb.ReadRequest, client: Client) -> AsyncIterator[bytes]:
@@ -154,6 +175,21 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
 
 async def _ended(reading: asyncio.Task[bytes]) -> None:
     await reading
+
+
+def _progress_to(progress: Progress) -> pb.FetchProgress:
+    message = pb.FetchProgress(
+        done_bytes=progress.done_bytes,
+        total_bytes=progress.total_bytes,
+        lease=progress.lease,
+        digested_bytes=progress.digested_bytes,
+        digest_s=progress.digest_s,
+    )
+    if progress.tier is not None:
+        message.from_tier = convert.tier_to(progress.tier)
+    for item in progress.ready:
+        message.ready.add(path=item.path, tier=convert.tier_to(item.tier), size_bytes=item.size_bytes)
+    return message
 
 
 def _check_owner(client: Client, versions: list[Version]) -> None:

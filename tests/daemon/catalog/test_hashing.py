@@ -56,3 +56,26 @@ def test_a_file_that_ends_early_is_told_and_no_reader_goes_on(tmp_path: Path) ->
     hashing._pool.shutdown(wait=True)
     assert len(calls) == before
     assert hashing._buffers.qsize() == READERS, "every buffer was given back"
+
+
+def test_a_small_digest_does_not_wait_for_all_of_a_large_one() -> None:
+    blocks: list[int] = []
+
+    class Watched(OsFileSystem):
+        def pread_into(self, fd: int, buffer: memoryview, offset: int) -> int:  # noqa: ARG002 - of zeros
+            if offset % BLOCK_BYTES == 0:
+                blocks.append(offset)
+            return len(buffer)
+
+    hashing = Hashing(Watched())
+    read_before: list[int] = []
+
+    def meanwhile(_: int) -> None:
+        if not read_before:
+            hashing.of_memory(memoryview(b"small"), lambda _: None)
+            read_before.append(len(blocks))
+
+    hashing.of_file(-1, 60 * BLOCK_BYTES, meanwhile)
+    hashing.close()
+    assert len(blocks) == 60
+    assert read_before[0] <= 3 * READERS, "only what was in the queue before it"

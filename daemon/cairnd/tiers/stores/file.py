@@ -248,11 +248,19 @@ class FileStore:
                 fd, direct = self._fs.open(path, os.O_RDONLY), False
 
         def read(buffer: memoryview, offset: int, size_bytes: int) -> None:
+            nonlocal fd, direct
             try:
                 if direct:
-                    read_direct(self._fs, fd, buffer, offset, size_bytes)
-                else:
-                    read_exactly(self._fs, fd, buffer[:size_bytes], offset)
+                    try:
+                        read_direct(self._fs, fd, buffer, offset, size_bytes)
+                        return
+                    except OSError as error:
+                        if error.errno not in _NO_DIRECT:
+                            raise
+                    # Some file systems, of FUSE and of NFS, accept the flag and refuse to read with it.
+                    refusing, fd, direct = fd, self._fs.open(path, os.O_RDONLY), False
+                    self._fs.close(refusing)
+                read_exactly(self._fs, fd, buffer[:size_bytes], offset)
             except OSError as error:
                 raise VersionError(f"{name} cannot be read: {error}", hint="look at its disk") from error
 
