@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 
 from cairn_api.errors import CairnError
+from cairnd.allocator import keep_freed_memory
 from cairnd.app import App
 from cairnd.events import EventFormatter
 from cairnd.settings import Settings, load_settings
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cairnd: {error}", file=sys.stderr)
         return EXIT_CONFIGURATION
     _configure_logging(settings)
+    keep_freed_memory()
     try:
         status = asyncio.run(_serve(settings))
     except CairnError as error:

@@ -73,7 +73,13 @@ def test_a_full_disk_fails_the_commit_and_nothing_else(
         with pytest.raises(cairn.SaveFailedError) as raised:
             _save(client, "second")
         text = str(raised.value)
-        assert re.search(r"no room for 8\d{6} bytes: \d+ bytes are free in ", text), text
+        found = re.search(
+            r"no room for (8\d{6}) bytes: (\d+) bytes are free in \S+, (\d+) must stay free for records, so (\d+) ",
+            text,
+        )
+        assert found is not None, text
+        needed, free, reserved, missing = map(int, found.groups())
+        assert needed + reserved - free == missing, text
         assert str(daemon.tier1_path) in text, text
         assert "Next step: free space there, lower num_of_version_in_retention" in text, text
         assert [version.tag for version in _clean_versions(daemon)] == ["first"]

@@ -47,6 +47,25 @@ def test_killed_and_resumed(tmp_path: Path, node: Node, trainer: Trainer, stage:
     assert same_weights(tmp_path / "weights", tmp_path / "expected")
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize(("parallel", "stage"), [("pipeline", 1), ("experts", 2)])
+def test_pipelines_and_experts_are_saved_as_without_cairn_and_resume(
+    tmp_path: Path, node: Node, trainer: Trainer, parallel: str, stage: int
+) -> None:
+    kind = ["--parallel", parallel, "--stage", stage, "--width", WIDTH, "--bf16", "--save-at", 1, 2, 3]
+    plain = Trainer(tmp_path / "plain")
+    expected = plain.run(*kind, "--steps", 4)
+    trainer.block = block_for(node(), capture="overlapped", save_dir_files="copy", num_of_version_in_retention=3)
+    saved = trainer.run(*kind, "--steps", 3)
+    assert "are copied while training goes on" in saved.output
+    assert "copied at once" not in saved.output
+    assert _files_like(plain.save_dir, trainer.save_dir) >= 3 * 5
+    resumed = trainer.run(*kind, "--steps", 4, "--load-dir", trainer.save_dir)
+    for rank in range(2):
+        assert resumed.of("loaded", rank)[0]["step"] == 3
+        assert resumed.losses(rank) == {4: expected.losses(rank)[4]}
+
+
 def test_a_save_that_fails_on_one_rank_is_raised_on_both_by_the_next(node: Node, trainer: Trainer) -> None:
     trainer.block = block_for(node(), capture="overlapped")
     outcome = trainer.run(
@@ -67,11 +86,17 @@ def test_what_is_shown_in_save_dir_is_what_was_saved(tmp_path: Path, node: Node,
     plain.run(*kind)
     trainer.block = block_for(node(), capture="overlapped", save_dir_files="copy", num_of_version_in_retention=3)
     trainer.run(*kind)
-    names = sorted(path.relative_to(plain.save_dir) for path in plain.save_dir.glob("*/*.pt"))
-    assert len(names) == 9
+    assert _files_like(plain.save_dir, trainer.save_dir) == 9
+
+
+def _files_like(one: Path, other: Path) -> int:
+    """How many files *one* has, all of which *other* has with the same tensors."""
+    names = sorted(path.relative_to(one) for path in one.glob("*/*.pt"))
+    assert names == sorted(path.relative_to(other) for path in other.glob("*/*.pt"))
     for name in names:
-        ours, theirs = (torch.load(folder / name, weights_only=False) for folder in (trainer.save_dir, plain.save_dir))
-        assert list(_tensors(ours, "")) == list(_tensors(theirs, "")), name
+        left, right = (torch.load(folder / name, weights_only=False) for folder in (one, other))
+        assert _tensors(left, "") == _tensors(right, ""), name
+    return len(names)
 
 
 def _tensors(value: object, path: str) -> list[tuple[str, bytes]]:

@@ -18,6 +18,9 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.pipe import PipelineModule
 from torch import distributed
 
 WIDTH = 48
@@ -37,6 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--events", required=True)
     parser.add_argument("--save-dir", required=True)
     parser.add_argument("--stage", type=int, default=0)
+    parser.add_argument("--parallel", choices=["data", "pipeline", "experts"], default="data")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--steps", type=int, required=True, help="train until this step")
@@ -70,11 +74,46 @@ def configuration(options: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def network(width: int) -> torch.nn.Module:
+def network(width: int) -> torch.nn.Sequential:
     torch.manual_seed(1)
     return torch.nn.Sequential(
         torch.nn.Linear(width, 2 * width), torch.nn.Tanh(), torch.nn.Linear(2 * width, width), torch.nn.LayerNorm(width)
     )
+
+
+def loss_of(output: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    deviation: torch.Tensor = output - data.roll(1, dims=1)
+    return deviation.square().mean()
+
+
+class Experts(torch.nn.Module):
+    """A mixture of two experts, one on each rank, between layers that all ranks have."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.before = torch.nn.Linear(width, width)
+        self.experts = MoE(width, torch.nn.Linear(width, width), num_experts=2, ep_size=2, k=1, min_capacity=0)
+        self.after = torch.nn.LayerNorm(width)
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        mixed, balance, _ = self.experts(self.before(data))
+        output: torch.Tensor = self.after(mixed) + balance
+        return output
+
+
+def initialized(options: argparse.Namespace) -> Any:
+    """The DeepSpeed engine."""
+    model: torch.nn.Module = network(options.width)
+    parameters: Any = None
+    if options.parallel == "pipeline":
+        model = PipelineModule(list(network(options.width)), num_stages=2, loss_fn=loss_of, partition_method="uniform")
+    elif options.parallel == "experts":
+        torch.manual_seed(1)
+        model = Experts(options.width)
+        parameters = split_params_into_different_moe_groups_for_optimizer(
+            {"params": list(model.parameters()), "name": "all"}
+        )
+    return deepspeed.initialize(model=model, model_parameters=parameters, config=configuration(options))[0]
 
 
 class Training:
@@ -84,7 +123,7 @@ class Training:
         self.options = options
         self.rank = int(os.environ["RANK"])
         self.log = Path(f"{options.events}.{self.rank}").open("a", buffering=1)  # noqa: SIM115 - open as long as the process
-        self.engine, *_ = deepspeed.initialize(model=network(options.width), config=configuration(options))
+        self.engine = initialized(options)
         self.step = 0
 
     def tell(self, **event: object) -> None:
@@ -105,16 +144,24 @@ class Training:
     def train(self) -> None:
         while self.step < self.options.steps:
             self.step += 1
-            torch.manual_seed(1000 * self.step + self.rank)
-            data = torch.randn(BATCH, self.options.width, dtype=torch.bfloat16 if self.options.bf16 else torch.float32)
-            loss = (self.engine(data) - data.roll(1, dims=1)).square().mean()
-            self.engine.backward(loss)
-            self.engine.step()
-            self.tell(loss=loss.item().hex())
+            loss = self.advance()
+            self.tell(loss=float(loss).hex())
             self.save()
             if self.step == self.options.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(self.options.pause_s)
+
+    def advance(self) -> torch.Tensor:
+        pipeline = self.options.parallel == "pipeline"
+        torch.manual_seed(1000 * self.step + (0 if pipeline else self.rank))  # a pipeline's ends need the same data
+        data = torch.randn(BATCH, self.options.width, dtype=torch.bfloat16 if self.options.bf16 else torch.float32)
+        if pipeline:
+            mean: torch.Tensor = self.engine.train_batch(data_iter=iter([(data, data)]))
+            return mean
+        loss = loss_of(self.engine(data), data)
+        self.engine.backward(loss)
+        self.engine.step()
+        return loss
 
     def save(self) -> None:
         options = self.options

@@ -81,28 +81,45 @@ def _end(processes: Sequence[multiprocessing.Process]) -> None:
 
 def _parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.perf", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--states", default=",".join(STATES), help=f"of {', '.join(STATES)}, separated by commas")
-    parser.add_argument("--only", default="", help=f"contenders separated by semicolons, of: {'; '.join(CONTENDERS)}")
-    parser.add_argument("--ranks", default="1", help="how many processes save at once; 1,2 measures both")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--size-gb", type=float, default=1.0, help="of the adam state of one process; scales the others"
+        "--states", default=",".join(STATES), help=f"of {', '.join(STATES)}, separated by commas; default: all"
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        help=f"contenders separated by semicolons, of: {'; '.join(CONTENDERS)}; default: those that suit the state",
+    )
+    parser.add_argument("--ranks", default="1", help="how many processes save at once; 1,2 measures both; default: 1")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="in which each contender saves once; at least 1, default: 5"
+    )
+    parser.add_argument(
+        "--size-gb",
+        type=float,
+        default=1.0,
+        help="gigabytes (1e9 bytes) of the adam state of one process, default: 1; scales the other states too",
     )
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the disk under test; default: this one")
     parser.add_argument("--memory", action="store_true", help="measure the daemon's memory while it saves 4 GB, only")
     parser.add_argument("--skip-proof", action="store_true", help="leave out extra memory and what changes corrupt")
-    parser.add_argument("--json", type=Path, help="keep every sample here")
-    parser.add_argument("--plot", type=Path, help="a PNG of stall and training time lost")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep every sample here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG of stall and training time lost")
     parser.add_argument(
         "--read",
         type=Path,
         nargs="+",
+        metavar="FILE",
         help="measure nothing, report what --json has kept in these files; runs of one state and size are put together",
     )
     parsed = parser.parse_args(arguments)
     parsed.states = parsed.states.split(",")
-    parsed.ranks = [int(item) for item in parsed.ranks.split(",")]
+    parsed.ranks = [int(item) if item.isdecimal() else 0 for item in parsed.ranks.split(",")]
     parsed.only = tuple(item.strip() for item in parsed.only.split(";")) if parsed.only else ()
+    if parsed.rounds < 1 or parsed.size_gb <= 0 or min(parsed.ranks) < 1:
+        parser.error("--rounds, --size-gb and --ranks take numbers above 0")
+    for folder in (parsed.folder, *(path.parent for path in (parsed.json, parsed.plot) if path)):
+        if not folder.is_dir():  # better now than after half an hour
+            parser.error(f"there is no folder {folder}")
     for name in {*parsed.states} - {*STATES} | {*parsed.only} - {*CONTENDERS}:
         parser.error(f"there is no {name!r}")
     return parsed
@@ -122,9 +139,18 @@ def _measure_all(arguments: argparse.Namespace) -> list[Run]:
     return runs
 
 
-def main() -> int:
+def _kept(path: Path) -> list[Run]:
+    try:
+        return [run_from_json(item) for item in json.loads(path.read_text())["runs"]]
+    except OSError as error:
+        sys.exit(f"cannot read {path}: {error.strerror}")
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"{path} is not what --json writes: measure again with --json")
+
+
+def main(given: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
-    arguments = _parse()
+    arguments = _parse(given)
     if arguments.memory:
         with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-") as folder:
             found = measure_daemon_memory(Path(folder), _DAEMON_MEMORY_STATE_BYTES)
@@ -136,7 +162,7 @@ def main() -> int:
         )
         return 0
     if arguments.read:
-        runs = joined([run_from_json(item) for path in arguments.read for item in json.loads(path.read_text())["runs"]])
+        runs = joined([run for path in arguments.read for run in _kept(path)])
         print("\n".join(map(report, runs)))
     else:
         runs = _measure_all(arguments)

@@ -30,6 +30,7 @@ _PROBE_BYTES = 1 << 20
 _MEET_TIMEOUT_S = 300.0
 _LOOP_PER_DRAIN = 1.1
 _ALONE_PER_LOOP = 0.4
+_BUSY_SAVES = 2
 _TRIES = 3
 _CALM_CORES = 0.05
 _STEP_PER_COPY = 6
@@ -196,7 +197,8 @@ class RankRun:
             self._save(contender)
             self._end_save(contender)
         self._measure_quiet(contender, samples)
-        self._measure_busy(contender, samples)
+        for _ in range(_BUSY_SAVES):
+            self._measure_busy(contender, samples)
         if contender.restores:
             add_sample(samples, **contender.measure_restores(self._state, self._cache))
 
@@ -237,6 +239,8 @@ class RankRun:
         add_sample(
             samples, durable_s=durable_s, cpu_s=own, daemon_cpu_s=helping, machine_cpu_s=machine, quiet_stall_s=stall_s
         )
+        if not contender.overlaps:
+            add_sample(samples, stall_s=stall_s)
         contender.settle()
         if contender.goes_direct:
             raw_write_s = raw_write_s or self._raw_write_s(contender, samples, before=False)
@@ -265,8 +269,7 @@ class RankRun:
                 break
         others, stall_s, lost_s = min(tries)
         add_sample(samples, busy_stall_s=stall_s, lost_s=lost_s, bill_s=stall_s + lost_s, others_cores=others)
-        warm = [stall_s] if contender.overlaps else [samples["quiet_stall_s"][-1], stall_s]
-        samples.setdefault("stall_s", []).extend(warm)
+        add_sample(samples, stall_s=stall_s)
 
     def _busy_save(self, contender: Contender, drain_s: float) -> tuple[float, float]:
         """Stall and training time lost in seconds, of a save that is about *drain_s* from being durable."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
+from tests.perf.__main__ import main
 from tests.perf.goals import Goal, ahead_of_us, goals_of
 from tests.perf.report import report
 from tests.perf.results import Run, joined, merged, run_from_json
@@ -84,3 +86,18 @@ def test_what_was_not_measured_is_no_goal_and_an_empty_cell() -> None:
     assert "| Cairn |  |  | 0.200 | 1.00 |" in text
     assert "**corrupt**" in text
     assert "safetensors was left out: it is not installed" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "No such file"), ("{", "is not what --json writes"), ('{"runs": [{}]}', "is not what --json writes")],
+)
+def test_a_file_that_cannot_be_read_is_named_in_one_line(content: str | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        main(["--read", str(path)])
+    assert said in str(ended.value.code)
+    assert str(path) in str(ended.value.code)
+    assert "\n" not in str(ended.value.code)

@@ -19,6 +19,8 @@ log = logging.getLogger("cairn")
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
+_QUIET_S = 2.0
+"""A daemon that is away no longer than that was restarted, which nobody has to be told of."""
 
 
 class KeepAlive:
@@ -26,7 +28,7 @@ class KeepAlive:
 
     *reopen* opens a connection and brings the new daemon up to date on it; it raises when that is not possible yet.
     *replied* receives every answer: failures of background work and versions whose buffers are free. Both are called
-    on the thread of this class.
+    on the thread of this class. *patience_s* is how long calls wait for a daemon that is away, for the log.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class KeepAlive:
         link: Link,
         job: str,
         lease_s: float,
+        patience_s: float,
         *,
         reopen: Callable[[], Connection],
         replied: Callable[[Alive], None],
@@ -41,6 +44,9 @@ class KeepAlive:
         self._link = link
         self._job = job
         self._lease_s = lease_s
+        self._patience_s = patience_s
+        self._away_since_s: float | None = None
+        self._told_away = False
         self._reopen = reopen
         self._replied = replied
         self._thread = threading.Thread(target=self._run, name="cairn-keepalive", daemon=True)
@@ -91,17 +97,35 @@ class KeepAlive:
 
     def _reconnect(self, pause_s: float) -> float:
         """One attempt to connect again; returns how long to wait before the next."""
+        if self._away_since_s is None:
+            self._away_since_s, self._told_away = time.monotonic(), False
         try:
             connection = self._reopen()
         except CairnError as error:
             self._link.refused(error)
+            self._tell_away(error, time.monotonic() - self._away_since_s)
             deadline_s = time.monotonic() + pause_s
             while not self._link.closed and (left_s := deadline_s - time.monotonic()) > 0:
                 time.sleep(min(left_s, FIRST_PAUSE_S))
             return min(pause_s * 2, LONGEST_PAUSE_S)
         self._link.publish(connection)
-        log.info("connected again to cairnd in %s", connection.welcome.node)
+        away_s, self._away_since_s = time.monotonic() - self._away_since_s, None
+        log.log(
+            logging.WARNING if self._told_away else logging.INFO,
+            "connected again to cairnd on %s, which was away for %.1f s", connection.welcome.node, away_s,
+        )  # fmt: skip
         return FIRST_PAUSE_S
+
+    def _tell_away(self, error: CairnError, away_s: float) -> None:
+        """Once per absence, when it is more than a restart: calls wait in silence, and somebody should know why."""
+        if self._told_away or away_s < _QUIET_S:
+            return
+        self._told_away = True
+        log.warning(
+            "the daemon has been away for %.0f s; training goes on, saves and loads wait up to reconnect_timeout_s "
+            "(%g s) for it and then fail: %s",
+            away_s, self._patience_s, error,
+        )  # fmt: skip
 
     def _drain_wakes(self) -> None:
         try:

@@ -10,7 +10,7 @@ import asyncio
 import mmap
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from google.protobuf.message import DecodeError
 
@@ -18,7 +18,7 @@ from cairn_api.errors import ConfigurationError, OverloadedError, UnavailableErr
 from cairn_api.framing import unframed
 from cairn_api.v1 import save_pb2 as pb
 from cairn_api.wire import SLOWEST_STREAM_BYTES_PER_S
-from cairnd.digests import SealingPass
+from cairnd.sealing import SealingPass
 from cairnd.tiers.atomic import BulkWriter
 from cairnd.workers import Workers, to_the_end
 
@@ -111,8 +111,7 @@ async def spool(
     *writer* raise.
     """
     size_bytes = writer.size_bytes
-    # Aligned memory; not closed here, because an error on its way up may still hold a view of it.
-    blocks = [memoryview(mmap.mmap(-1, min(_BLOCK_BYTES, size_bytes))) for _ in range(2)]
+    blocks = [_aligned(min(_BLOCK_BYTES, size_bytes)) for _ in range(2)]
     writing: asyncio.Task[None] | None = None
     offset = filled = 0
 
@@ -138,6 +137,17 @@ async def spool(
     finally:
         if writing is not None:
             await to_the_end(_ended(writing))
+
+
+def _aligned(size_bytes: int) -> memoryview:
+    """Memory to write from past the page cache, of huge pages where the system has them: the disk takes those faster.
+
+    It goes with the view, and is not closed: an error on its way up may still hold a part of it.
+    """
+    memory = mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
 
 
 async def _ended(writing: asyncio.Task[None]) -> None:

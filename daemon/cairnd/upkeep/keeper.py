@@ -207,13 +207,24 @@ class Keeper:
                 self._metrics.lost_claims.inc()
                 self._events.publish("claim_lost", version.job, version.id, reason="tier 1 is at its byte limit")
             await self.delete([Deletion(version, Tier.TIER1, eviction.reason)])
-        if self._excess_bytes(size_bytes) > 0:
-            raise OverloadedError(
-                f"tier 1 has no room for {size_bytes} bytes: {self._tier1.free_bytes()} bytes are free in "
-                f"{self._tier1.root}, {_RESERVED_BYTES} of them kept for records, and nothing more may be deleted",
-                hint="free space there, lower num_of_version_in_retention, or check why tier 2 lags (`cairn status`)",
-                context={"size_bytes": size_bytes, "job": job},
-            )
+        beyond_disk, beyond_limit = self._beyond_disk_bytes(size_bytes), self._beyond_limit_bytes(size_bytes)
+        if max(beyond_disk, beyond_limit) <= 0:
+            return
+        if beyond_disk >= beyond_limit:
+            free_bytes = size_bytes + _RESERVED_BYTES - beyond_disk
+            reason = f"{free_bytes} bytes are free in {self._tier1.root}, {_RESERVED_BYTES} must stay free for records"
+            step = "free space there"
+        else:
+            limit_bytes = self._settings.tier1_limit_bytes
+            used_bytes = limit_bytes + beyond_limit - size_bytes
+            reason = f"versions take {used_bytes} of the {limit_bytes} bytes of tier1_limit_bytes"
+            step = "raise tier1_limit_bytes"
+        raise OverloadedError(
+            f"tier 1 has no room for {size_bytes} bytes: {reason}, so {max(beyond_disk, beyond_limit)} bytes are "
+            "missing, and nothing more may be deleted",
+            hint=f"{step}, lower num_of_version_in_retention, or check why tier 2 lags (`cairn status`)",
+            context={"size_bytes": size_bytes, "job": job},
+        )
 
     def used_bytes(self) -> int:
         """Bytes of versions in tier 1, finished or being written."""
@@ -265,10 +276,14 @@ class Keeper:
         ]
 
     def _excess_bytes(self, size_bytes: int) -> int:
-        missing = size_bytes + _RESERVED_BYTES - self._tier1.free_bytes()
-        if self._settings.tier1_limit_bytes:
-            missing = max(missing, self.used_bytes() + size_bytes - self._settings.tier1_limit_bytes)
-        return missing
+        return max(self._beyond_disk_bytes(size_bytes), self._beyond_limit_bytes(size_bytes))
+
+    def _beyond_disk_bytes(self, size_bytes: int) -> int:
+        return size_bytes + _RESERVED_BYTES - self._tier1.free_bytes()
+
+    def _beyond_limit_bytes(self, size_bytes: int) -> int:
+        limit_bytes = self._settings.tier1_limit_bytes
+        return self.used_bytes() + size_bytes - limit_bytes if limit_bytes else 0
 
     async def _delete_tier1(self, version: Version, reason: str) -> None:
         folder = layout.version_folder(version.job, version.id)

@@ -280,8 +280,11 @@ async def test_at_the_byte_limit_the_oldest_waiting_version_loses_its_claim(make
     assert held(lab, Tier.TIER1) == [newest.sequence, plain.sequence, asked.sequence]
     after = await rank.save({"a": bytes(10_000)})
     assert held(lab, Tier.TIER1) == [after.sequence, newest.sequence, asked.sequence]
-    with pytest.raises(OverloadedError):  # the request and the floor stay
-        await rank.save({"a": bytes(30_000)})
+    with pytest.raises(
+        OverloadedError, match="take 30000 of the 35000 bytes of tier1_limit_bytes, so 25000 "
+    ) as caught:
+        await rank.save({"a": bytes(30_000)})  # the request and the floor stay
+    assert "raise tier1_limit_bytes" in caught.value.hint
     assert lab.app.metrics.lost_claims._value.get() == 1
     writer.cancel()
 
