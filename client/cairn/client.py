@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import time
 import weakref
@@ -23,8 +22,6 @@ from cairn_api.names import VersionId, parse_version
 
 if TYPE_CHECKING:
     import torch
-
-log = logging.getLogger("cairn")
 
 __version__ = "0.1.0"
 
@@ -326,8 +323,7 @@ class Client:
 
     def _leave_at_exit(self) -> None:
         self._leave()
-        while (failure := self._session.take_failure(tier2_too=True)) is not None:
-            log.error("%s", failure)
+        self._session.log_failures()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -8,6 +8,7 @@ tensor's version, except those on a ``.data`` alias and in other libraries' kern
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -22,6 +23,8 @@ LEAST_BYTES = 1 << 20
 
 Tensors = Callable[[], Iterable[torch.Tensor]]
 
+_Place = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
+
 _FSDP_MARKS = ("_is_flat_param", "_fsdp_flattened")
 """On parameters whose memory FSDP frees and allocates again during forward and backward."""
 
@@ -33,6 +36,7 @@ class Guards:
         self._before_step = before_step
         self._more: WeakKeyDictionary[torch.optim.Optimizer, Tensors] = WeakKeyDictionary()
         self._hooks: list[Any] = []
+        self._map = AddressMap()
 
     def add(self, optimizer: torch.optim.Optimizer, more: Tensors) -> None:
         """Make the steps of *optimizer* wait; see :meth:`cairn.Client.guard`."""
@@ -47,7 +51,7 @@ class Guards:
 
     def now(self) -> Guarded | None:
         """What is guarded at this moment; None when nothing is."""
-        return Guarded(self._tensors) if self._more else None
+        return Guarded(self._tensors, self._map) if self._more else None
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         for optimizer, more in self._more.items():
@@ -65,14 +69,63 @@ class Guards:
         self._before_step()
 
 
+class AddressMap:
+    """Where guarded tensors lie: what was found out at one save is used again at the next, if it is still so.
+
+    Whether a tensor can wait takes a dozen questions to torch. They are asked once for each tensor and each place where
+    it has lain; a tensor is known again by itself, its address, dtype, shape and strides. No tensor is kept alive.
+    """
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        """Of the ranges of addresses that are guarded, by rising address. Replaced, never changed."""
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], _Place]] = {}
+        self._in_map: list[_Place] = []
+
+    def look(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Those of *tensors* that can wait; from then on the map is theirs."""
+        known: dict[int, tuple[weakref.ref[torch.Tensor], _Place]] = {}
+        found: list[torch.Tensor] = []
+        for tensor in tensors:
+            before = self._known.get(id(tensor))
+            if before is None or before[0]() is not tensor or before[1] != _place_of(tensor):
+                if not _can_wait(tensor):
+                    continue
+                before = (weakref.ref(tensor), _place_of(tensor))
+            known[id(tensor)] = before
+            found.append(tensor)
+        self._known = known
+        in_map = [place for _, place in known.values()]
+        if in_map != self._in_map:
+            self._in_map = in_map
+            self.starts, self.ends = _ranges(found)
+        return found
+
+
+def _ranges(tensors: Iterable[torch.Tensor]) -> tuple[list[int], list[int]]:
+    """Starts and ends of the addresses of *tensors*, where they touch one another as one range."""
+    starts: list[int] = []
+    ends: list[int] = []
+    for start, end in sorted(map(_addresses, tensors)):
+        if ends and start <= ends[-1]:
+            ends[-1] = max(end, ends[-1])
+        else:
+            starts.append(start)
+            ends.append(end)
+    return starts, ends
+
+
 class Guarded:
     """The guarded tensors of one moment, as ranges of addresses, and their versions then.
 
-    *tensors* are asked for when the first large tensor turns up; nothing may change between the two.
+    *tensors* are asked for when the first large tensor turns up; nothing may change between the two. *known* is what an
+    earlier look at them has found.
     """
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: Tensors, known: AddressMap) -> None:
         self._tensors: Tensors | None = tensors
+        self._map = known
         self._versions: list[tuple[torch.Tensor, int]] = []
         self._starts: list[int] = []
         self._ends: list[int] = []
@@ -81,7 +134,9 @@ class Guarded:
     def may_wait(self, storage: torch.UntypedStorage) -> bool:
         """Whether all of *storage* is guarded. It is watched from then on."""
         if self._tensors is not None:
-            self._look(self._tensors())
+            guarded = self._map.look(self._tensors())
+            self._versions = [(tensor, tensor._version) for tensor in guarded]
+            self._starts, self._ends = self._map.starts, self._map.ends
             self._tensors = None
         start = storage.data_ptr()
         place = bisect_right(self._starts, start) - 1
@@ -89,15 +144,6 @@ class Guarded:
             return False
         self._waiting.add(start)
         return True
-
-    def _look(self, tensors: Iterable[torch.Tensor]) -> None:
-        self._versions = [(tensor, tensor._version) for tensor in tensors if _can_wait(tensor)]
-        for start, end in sorted(_addresses(tensor) for tensor, _ in self._versions):
-            if self._ends and start <= self._ends[-1]:
-                self._ends[-1] = max(end, self._ends[-1])
-            else:
-                self._starts.append(start)
-                self._ends.append(end)
 
     def check(self, state: object) -> None:
         """Raise :class:`SaveFailedError` if a tensor that waited was changed since; *state* is what names it."""
@@ -130,6 +176,10 @@ def _can_wait(tensor: torch.Tensor) -> bool:
         return False
     start, end = _addresses(tensor)
     return end - start == tensor.numel() * tensor.element_size()
+
+
+def _place_of(tensor: torch.Tensor) -> _Place:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _addresses(tensor: torch.Tensor) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
@@ -55,8 +56,8 @@ class LateCopy:
             self._whole.close()
         return cancelled
 
-    def run(self, arrived: Callable[[], None]) -> int:
-        """Copy it, once; how many bytes that was, 0 after a failure."""
+    def run(self, arrived: Callable[[array[int]], None]) -> int:
+        """Copy it, once; how many bytes that was, 0 after a failure. *arrived* is told the checksums."""
         if not self._taken.acquire(blocking=False):
             return 0
         with self._whole:
@@ -64,9 +65,9 @@ class LateCopy:
                 with ExitStack() as current:
                     for stream in self._streams:
                         current.enter_context(stream)
-                    self._remainder.copy()
+                    digests = self._remainder.copy()
                 self._guarded.check(self._state)
-                arrived()
+                arrived(digests)
             except Exception as error:  # noqa: BLE001 - whatever it is, all ranks hear of it in the commit
                 self._failed(error)
                 return 0
@@ -89,18 +90,15 @@ def _side_streams(storages: Iterable[torch.UntypedStorage]) -> list[AbstractCont
 
 
 class Overlap:
-    """See the module. *writing* is the pool's: held as long as a buffer is only partly filled."""
+    """See the module."""
 
-    def __init__(self, background: Background, writing: threading.Lock, counters: Counters) -> None:
+    def __init__(self, background: Background, counters: Counters) -> None:
         self._background = background
         self._counters = counters
         self._guards: Guards | None = None
         self._changed = threading.Condition()
         self._pending: set[LateCopy] = set()
         self._pid = os.getpid()
-        self._writing = writing
-        self._writers = 0
-        self._writers_changing = threading.Lock()
 
     def guard(self, optimizer: torch.optim.Optimizer, more: Tensors) -> None:
         """See :meth:`cairn.Client.guard`."""
@@ -114,21 +112,7 @@ class Overlap:
         """What may wait now; None when nothing is guarded."""
         return None if self._guards is None else self._guards.now()
 
-    def begin_writing(self) -> None:
-        """A buffer is about to be filled, and is not whole until :meth:`end_writing`, perhaps on another thread."""
-        with self._writers_changing:
-            if not self._writers:
-                self._writing.acquire()
-            self._writers += 1
-
-    def end_writing(self) -> None:
-        """A buffer is whole, or given up."""
-        with self._writers_changing:
-            self._writers -= 1
-            if not self._writers:
-                self._writing.release()
-
-    def copy_later(self, copy: LateCopy, unfinished: ExitStack, arrived: Callable[[], None]) -> None:
+    def copy_later(self, copy: LateCopy, unfinished: ExitStack, arrived: Callable[[array[int]], None]) -> None:
         """Have *copy* done in the background, and close *unfinished* there; before that, *arrived* tells of success."""
 
         def work() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from cairn.agreement import check_same, error_to_json, first_error
 from cairn.background import Background, RanksInTurn
@@ -55,12 +55,15 @@ class Session:
         self.pool = Pool(
             share=self._share, release=lambda segment: self.saving.release(segment.name), pin=register_with_gpu
         )
-        self.overlap = Overlap(self.background, self.pool.writing, self.counters)
+        self.overlap = Overlap(self.background, self.counters)
         self._failures: list[CairnError] = []
+        self._logged: list[CairnError] = []
+        """Those of them that the log has."""
         self._failures_lock = threading.Lock()
         self._keep_alive = KeepAlive(
-            self._link, settings.job, joined.lease_s, reopen=self._reopen, replied=self._replied
-        )
+            self._link, settings.job, joined.lease_s, settings.reconnect_timeout_s,
+            reopen=self._reopen, replied=self._replied,
+        )  # fmt: skip
 
     @property
     def local_ranks(self) -> int:
@@ -73,24 +76,39 @@ class Session:
 
     def note_failures(self, failures: tuple[CairnError, ...] | list[CairnError]) -> None:
         """Queue what went wrong in the background; a failed copy to tier 2 is logged at once, as training goes on."""
-        for failure in failures:
-            if about_tier2(failure):
-                log.warning("%s", failure)
+        tier2 = [failure for failure in failures if about_tier2(failure)]
+        for failure in tier2:
+            log.warning("%s", failure)
+        self._queue(failures, logged=tier2)
+
+    def _queue(self, failures: Iterable[CairnError], *, logged: Iterable[CairnError]) -> None:
         with self._failures_lock:
             self._failures += failures
+            self._logged += logged
 
     def take_failure(self, *, tier2_too: bool) -> CairnError | None:
         """The oldest queued failure, once; those of copies to tier 2 only for callers who ask about tier 2."""
         with self._failures_lock:
             for number, failure in enumerate(self._failures):
                 if tier2_too or not about_tier2(failure):
+                    self._logged = [logged for logged in self._logged if logged is not failure]
                     return self._failures.pop(number)
         return None
+
+    def log_failures(self) -> None:
+        """Write to the log what nobody will be told any more, and what the log does not have yet."""
+        with self._failures_lock:
+            logged = set(map(id, self._logged))
+            left = [failure for failure in self._failures if id(failure) not in logged]
+            self._failures, self._logged = [], []
+        for failure in left:
+            log.error("%s", failure)
 
     def forget_tier2_failures(self) -> None:
         """A version has reached tier 2, so what kept earlier ones from it is over."""
         with self._failures_lock:
             self._failures = [failure for failure in self._failures if not about_tier2(failure)]
+            self._logged = [failure for failure in self._logged if not about_tier2(failure)]
 
     def close(self) -> None:
         """Leave the daemon, after what is left of the last save is done.
@@ -98,7 +116,9 @@ class Session:
         What is sealed is finished without this process; what is not is aborted by the daemon.
         """
         self.background.settle()
+        self.background.close()
         self.overlap.close()
+        self.restoring.close()
         self._link.close()
         self._keep_alive.join(_STOP_TIMEOUT_S)
         self.pool.close()
@@ -110,7 +130,7 @@ class Session:
                 hint="earlier versions are intact; save again",
             )
         log.error("%s", error)
-        self.note_failures([error])
+        self._queue([error], logged=[error])
 
     def _share(self, size_bytes: int, make: Callable[[], Segment]) -> None:
         def offered() -> tuple[str, int]:

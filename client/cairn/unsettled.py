@@ -31,10 +31,14 @@ class Unsettled:
     """One version of this launch, as this rank has told it to its daemon so far."""
 
     opening: Opening
+    opened: bool = False
+    """Whether the daemon has answered that it knows the version."""
     partitions: dict[str, tuple[PartitionPlan, str]] = field(default_factory=dict)
     """By name: what was written, and the name of its segment (empty: it went as a stream)."""
     unsealed: list[tuple[PartitionPlan, str]] = field(default_factory=list)
-    """Those of ``partitions`` that the daemon is not told of before the commit, as they were copied late."""
+    """Those of ``partitions`` that :meth:`seal_rest` tells the daemon of, in its turn."""
+    told: set[str] = field(default_factory=set)
+    """The names of those of ``partitions`` that the present daemon was given, one way or another."""
     prepared: bool = False
     agreed: list[tuple[str, int]] | None = None
     """The shared names, once all ranks have agreed to commit."""
@@ -43,10 +47,32 @@ class Unsettled:
     when_over: Callable[[], None] | None = None
     """Lets go of the buffers that only this process knows as the version's: no daemon will say that they are free."""
 
-    def copied_late(self, plan: PartitionPlan, segment: str) -> None:
-        """All bytes of a partition have arrived in its segment after ``save`` had returned."""
+    def open_once(self, calls: SaveCalls) -> None:
+        """Open the version on the daemon, unless that was done. Raises why it cannot be saved to."""
+        if self.opened:
+            return
+        state = calls.create(self.opening)
+        if state != "open":
+            raise SaveFailedError(f"version {self.opening.version} is already {state}")
+        self.opened = True
+
+    def seal_later(self, plan: PartitionPlan, segment: str) -> None:
+        """All bytes of a partition have arrived in its segment; :meth:`seal_rest` tells the daemon."""
         self.partitions[plan.name] = (plan, segment)
         self.unsealed.append((plan, segment))
+
+    def seal_rest(self, calls: SaveCalls) -> None:
+        """Tell the daemon of what it was not told yet. Raises why it refuses a partition that it does not hold."""
+        for plan, segment in self.unsealed:
+            if plan.name in self.told:
+                continue
+            try:
+                calls.seal(self.opening.version, plan, segment)
+            except CairnError:
+                # A daemon that was restarted meanwhile may have been given the bytes as a stream, without the buffer.
+                if plan.name not in self.told:
+                    raise
+            self.told.add(plan.name)
 
 
 class Ledger:
@@ -80,7 +106,7 @@ def tell_again(calls: SaveCalls, ledger: Ledger, pool: Pool) -> list[CairnError]
     Raises :class:`UnavailableError` when this daemon goes away too: all of it is then repeated with the next one.
     """
     failures: list[CairnError] = []
-    with pool.writing:
+    with pool.writers.kept_out():
         pool.keep_only(item.opening.version for item in ledger.all())
         for item in ledger.all():
             try:
@@ -114,6 +140,7 @@ def _tell_version(calls: SaveCalls, item: Unsettled, pool: Pool) -> str:
     """Tell all of one version; the state in which the daemon had it before."""
     version = item.opening.version
     item.when_over = None
+    item.told.clear()
     state = calls.create(item.opening, resumed=True)
     if state == "aborted":
         raise SaveFailedError("the daemon had aborted it", hint="save again")
@@ -133,6 +160,7 @@ def _tell_version(calls: SaveCalls, item: Unsettled, pool: Pool) -> str:
                 calls.put(version, plan, windows)
             else:
                 calls.seal(version, plan, segment)
+            item.told.add(plan.name)
         if item.prepared:
             calls.prepare(version, list(item.partitions))
     if item.agreed is not None and state not in _OVER:

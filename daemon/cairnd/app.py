@@ -29,6 +29,7 @@ from cairnd.restore.fetcher import Fetcher
 from cairnd.restore.inventory import Inventory
 from cairnd.restore.memory_copies import MemoryCopies
 from cairnd.rpc.admin_service import AdminService
+from cairnd.rpc.brief import BriefCalls
 from cairnd.rpc.report import Reporter
 from cairnd.rpc.restore_service import RestoreService
 from cairnd.rpc.save_service import SaveService
@@ -127,6 +128,7 @@ class App:
             self.node, self.catalog, self.tier1, self._disk, self.clients, clock, events, metrics,
             on_published=self._on_published, protect=settings.protect_files,
             threads=settings.drain_threads, bytes_per_s=settings.tier1_write_bytes_per_s,
+            recheck_every=settings.recheck_one_in,
         )  # fmt: skip
         self.saves = Saves(
             self.catalog, self.memory, self.tier1, self._disk, clock, events, metrics,
@@ -147,21 +149,23 @@ class App:
             self.node, clock, self.catalog, self.clients, self.memory, self.saves, self.keeper, self.replicator,
             self.storage, self.tier1, self._disk, metrics,
         )  # fmt: skip
+        save_service = SaveService(
+            self.node, settings.tier1_path, settings.lease_s, settings.protect_files, self.clients, self.launches,
+            self.saves, self.catalog, self.memory, self.keeper, self.replicator, self.persistence, self._disk,
+        )  # fmt: skip
+        restore_service = RestoreService(
+            self.clients, self.catalog, self.jobs, self.leases, self.inventory, self.fetcher, self._fs, self._workers
+        )
         self.side_socket = SideSocket(
             self.runtime_dir, self.node, self.boot, self.clients, self.memory, self.leases, self.fetcher,
-            self.memory_copies, on_gone=self._on_client_gone, tier1_root=self.tier1.root,
+            self.memory_copies, BriefCalls(self.clients, self.launches, save_service, restore_service),
+            on_gone=self._on_client_gone, tier1_root=self.tier1.root,
         )  # fmt: skip
         self.server = RpcServer(
             self.runtime_dir,
             self.clients,
-            SaveService(
-                self.node, settings.tier1_path, settings.lease_s, settings.protect_files, self.clients, self.launches,
-                self.saves, self.catalog, self.memory, self.keeper, self.replicator, self.persistence, self._disk,
-            ),
-            RestoreService(
-                self.clients, self.catalog, self.jobs, self.leases, self.inventory, self.fetcher, self._fs,
-                self._workers,
-            ),
+            save_service,
+            restore_service,
             AdminService(
                 self.clients, self.catalog, self.jobs, self.inventory, self.keeper, self.replicator, self.persistence,
                 self.storage, self.drainer, self.reporter, events, self._fs, self.tier1, self._workers,

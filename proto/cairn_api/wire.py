@@ -19,6 +19,9 @@ ERROR_METADATA = "cairn-error-bin"
 SIDE_PACKET_BYTES = 64 * 1024
 """Largest side-socket message; every message is one JSON object."""
 
+BRIEF_BYTES = 40 * 1024
+"""Largest packed request or reply of a call that is made on the side socket, where it travels as base64."""
+
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """Largest gRPC message either side accepts: a record table of about a million tensors, never bulk data."""
 

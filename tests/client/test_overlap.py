@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ import cairn
 from cairn import session
 from cairn.capture.plan import Remainder
 from cairn.overlap import Overlap
+from cairn.save.handover import HandOver
+from cairn.transport.calls import Caller
+from cairn.transport.connection import Connection
+from cairn.transport.save_calls import SaveCalls
+from cairn.transport.writers import Writers
 from cairn.unsettled import tell_again
 from tests.client.conftest import Connect
 from tests.client.test_two_ranks import run_two
@@ -104,9 +110,9 @@ class Gate:
         self._open = threading.Event()
         original_copy, original_wait = Remainder.copy, Overlap.wait_copied
 
-        def copy_behind_gate(remainder: Remainder) -> None:
+        def copy_behind_gate(remainder: Remainder) -> Any:
             assert self._open.wait(60), "the gate was never opened"
-            original_copy(remainder)
+            return original_copy(remainder)
 
         def wait_at_gate(overlap: Overlap) -> None:
             self._open.set()
@@ -319,6 +325,127 @@ def test_a_daemon_that_is_restarted_in_mid_copy_gets_whole_buffers_only(
     assert same(client.load("step2", "state.pt"), expected)
 
 
+def test_a_save_makes_no_grpc_call_on_the_training_thread(
+    overlapped: Connect, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = overlapped()
+    training = Training()
+    client.guard(training.optimizer)
+    gate.open()
+    original = Caller.stub
+    called: list[str] = []
+
+    def noted(connection: Connection, service: Any, name: str) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            called.append(name)
+        return original(connection, service, name)
+
+    for number in range(4):
+        if number == 3:  # all buffers are made
+            monkeypatch.setattr(Caller, "stub", staticmethod(noted))
+        with client.create(f"step{number}") as checkpoint:
+            checkpoint.save("state.pt", training.state())
+            checkpoint.save("small.pt", {"step": torch.tensor(number)})  # nothing of it is copied late
+        assert called == []
+        client.wait(f"step{number}", "tier1", 60)
+        for thread in threading.enumerate():
+            if thread.name == "cairn-prefault":
+                thread.join()
+    called.clear()
+    assert client.load("step3", "small.pt")["step"] == 3
+
+
+@pytest.mark.parametrize("moment", ["before the commit", "while a buffer is handed over"])
+def test_a_daemon_without_room_after_a_restart_gets_what_was_copied_late_as_a_stream(
+    overlapped: Connect, gate: Gate, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    client = overlapped()
+    training = Training()
+    client.guard(training.optimizer)
+    gate.open()
+    expected = frozen(training.state())
+    checkpoint = client.create("step1")
+    checkpoint.save("state.pt", training.state())
+    client.wait_copied()
+    original = SaveCalls.seal
+
+    def restarting(calls: SaveCalls, *arguments: Any) -> None:
+        monkeypatch.setattr(SaveCalls, "seal", original)
+        daemon.restart()
+        original(calls, *arguments)
+
+    monkeypatch.setattr("cairn.transport.shared_memory.free_memory_bytes", lambda: 0)
+    if moment == "before the commit":
+        daemon.restart()
+    else:
+        monkeypatch.setattr(SaveCalls, "seal", restarting)
+    checkpoint.commit()
+    client.wait("step1", "tier1", 60)
+    assert same(client.load("step1", "state.pt"), expected)
+    assert client.statistics()["reconnects"] == 1
+
+
+def test_a_failed_save_is_written_to_the_log_once(
+    overlapped: Connect, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = overlapped()
+    training = Training()
+    client.guard(training.optimizer)
+    with caplog.at_level(logging.WARNING):
+        save(client, "step1", training.state())
+        with torch.no_grad():
+            training.model.second.weight.zero_()
+        gate.open()
+        client._leave_at_exit()  # nothing follows that could raise it
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "version e00001-s000001-step1 was not committed"
+    ]
+
+
+def test_control_c_at_any_line_of_a_save_leaves_no_buffer_as_being_filled(overlapped: Connect, gate: Gate) -> None:
+    client = overlapped()
+    training = Training()
+    client.guard(training.optimizer)
+    gate.open()
+    state = training.state()
+    watched = {HandOver._fill.__code__, Writers.begin.__code__}
+
+    def interrupt_at(wanted: int) -> Callable[..., Any]:
+        seen = set()
+
+        def trace(frame: Any, event: str, _: object) -> Any:
+            if frame.f_code not in watched:
+                return None
+            # A with statement's line comes again at its end, just before it lets go: no signal is handled there.
+            if event == "line" and (frame.f_code, frame.f_lineno) not in seen:
+                seen.add((frame.f_code, frame.f_lineno))
+                if len(seen) == wanted:
+                    raise KeyboardInterrupt
+            return trace
+
+        return trace
+
+    wanted, checkpoint = 0, None
+    for wanted in count(1):
+        checkpoint = client.create(f"step{wanted}")
+        sys.settrace(interrupt_at(wanted))
+        try:
+            checkpoint.save("state.pt", state)
+        except KeyboardInterrupt:
+            sys.settrace(None)
+            checkpoint.abort()
+            with client._session.pool.writers.none_now() as whole:
+                assert whole, f"after line {wanted}"
+        else:
+            break
+        finally:
+            sys.settrace(None)
+    assert wanted > 10
+    assert checkpoint is not None
+    checkpoint.commit()
+    assert same(client.load(f"step{wanted}", "state.pt"), frozen(state))
+
+
 def test_a_forked_child_does_not_wait_for_the_parents_copy(overlapped: Connect, gate: Gate) -> None:
     client = overlapped()
     training = Training(OPTIMIZERS["sgd"])
@@ -423,7 +550,7 @@ GlooRanks.all_gather = gathering
 checkpoint = client.create("step1")
 def held_up(remainder):
     at_exchange.wait(10)
-    copy(remainder)
+    return copy(remainder)
 def settling(background, timeout_s=None):
     at_exchange.set()
     return settle(background, timeout_s)
@@ -453,7 +580,7 @@ from cairn.capture.plan import Remainder
 original = Remainder.copy
 def slow(remainder):
     time.sleep(1)
-    original(remainder)
+    return original(remainder)
 Remainder.copy = slow
 save("last")
 distributed.barrier()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,6 +99,17 @@ def test_without_memory_for_a_copy_the_bytes_go_to_the_new_daemon_as_a_stream(
     assert len(client._session.pool.owned_by(version)) == 1, "kept for the next daemon until tier 1 has it"
     client._session.ledger.drop(version)  # as the next keep-alive does
     assert client._session.pool.owned_by(version) == []
+
+
+def test_an_answer_that_nobody_waited_for_is_not_taken_for_the_next(connect: Connect) -> None:
+    client = connect()
+    connection = client._session._link.peek()
+    assert connection is not None
+    interrupted = {"op": "call", "name": "nonsense", "request": "", "number": 0}
+    connection._side.send(json.dumps(interrupted).encode())  # Control-C came before the answer was read
+    with client.create("step1") as checkpoint:
+        checkpoint.save("model.pt", STATE)
+    check(client, "step1")
 
 
 def test_calls_wait_for_a_daemon_that_is_away(daemon: DaemonProcess, connect: Connect) -> None:
@@ -204,3 +218,34 @@ def test_a_rank_that_dies(daemon: DaemonProcess, connect: Connect, when: str) ->
             os.killpg(trainer.pid, signal.SIGKILL)
         assert trainer.stderr is not None
         trainer.stderr.close()
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_a_daemon_that_stays_away_is_told_of_once_and_so_is_its_return(
+    daemon: DaemonProcess, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = connect(reconnect_timeout_s=3)
+
+    def warnings() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    daemon.kill9()
+    wait_until(warnings)
+    with pytest.raises(cairn.UnavailableError):
+        client.wait("never", "tier1", 0)  # long enough for a second warning
+    (away,) = warnings()
+    assert "reconnect_timeout_s (3 s)" in away
+    assert "start cairnd" in away
+    daemon.start()
+    wait_until(lambda: len(warnings()) > 1)
+    assert "connected again" in warnings()[1]
+    with client.create("step1") as checkpoint:
+        checkpoint.save("model.pt", STATE)
+    check(client, "step1")
+    assert len(warnings()) == 2

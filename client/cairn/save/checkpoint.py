@@ -60,11 +60,22 @@ class Checkpoint:
         """What went wrong on this rank so far; :meth:`commit` will raise for it on every rank."""
         return self._failure
 
+    def begin(self) -> None:
+        """Have the version opened on the daemon; with overlapped capture the commit does that, while training goes on.
+
+        Ranks may part ways only in :meth:`commit`, so what fails is recorded and nothing is raised.
+        """
+        if self._item is not None and self._session.settings.capture != "overlapped":
+            try:
+                self._item.open_once(self._session.saving)
+            except CairnError as error:
+                self.note(error)
+
     def note(self, failure: BaseException | None) -> None:
         """Record what went wrong on this rank, also outside of :meth:`save`; the first failure counts."""
         if failure is not None and self._failure is None:
             self._failure = failure
-            log.warning("saving %s failed on this rank: %s", self.version, failure)
+            log.info("saving %s failed on this rank: %s", self.version, failure)  # the commit tells it to the user
 
     def save(self, name: str, state: object) -> None:
         """Save *state*, anything ``torch.save`` takes, as partition *name* (a relative path).

@@ -26,8 +26,8 @@ def commit(session: Session, item: Unsettled, names: Collection[str], failure: B
     failure = failure or item.lost
     if failure is None:
         try:
-            for partition, segment in item.unsealed:
-                session.saving.seal(version, partition, segment)
+            item.open_once(session.saving)
+            item.seal_rest(session.saving)
             session.saving.prepare(version, sorted(names))
             item.prepared = True
         except CairnError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cairn.overlap import LateCopy
 from cairn.session import Session
 from cairn.transport.messages import PartitionPlan
-from cairn.transport.shared_memory import NoSharedMemoryError
+from cairn.transport.shared_memory import NoSharedMemoryError, segment_bytes
 from cairn.transport.stream import WINDOW_BYTES
 from cairn.unsettled import Unsettled
 from cairn_api.errors import CairnError, OverloadedError
@@ -51,6 +51,7 @@ class HandOver:
             partition = PartitionPlan(name, planned.size_bytes, planned.records, planned.globals)
             segment = self._segment_for(item.opening.version, partition)
             if segment is None:
+                item.open_once(self._session.saving)
                 if self._session.settings.capture == "overlapped":
                     self._log_once("a state that goes as a byte stream is sent at once, not later")
                 self._stream(item, partition, planned, state)
@@ -68,12 +69,22 @@ class HandOver:
             work.start()
 
     def _prefault(self, sizes: Mapping[str, int], each: int) -> None:
+        wanted = 1
         try:
             # The first of every partition comes first: the next save needs them all.
             for wanted in range(1, each + 1):
                 for name, size_bytes in sizes.items():
                     if self._session.pool.prepare_spare(name, size_bytes, wanted):
                         log.debug("made a spare capture buffer for %s", name)
+        except OverloadedError as error:
+            if f"spares {wanted}" not in self._warned:
+                self._warned.add(f"spares {wanted}")
+                log.warning(
+                    "capture memory does not hold %d bytes, %d x the partitions of this rank, so %s: %s",
+                    wanted * sum(map(segment_bytes, sizes.values())), wanted,
+                    "the first saves will be slower" if wanted == 1 else "a save soon after another waits for it",
+                    error,
+                )  # fmt: skip
         except CairnError as error:
             log.info("no spare capture buffers, so a later save may be slower: %s", error)
 
@@ -140,22 +151,24 @@ class HandOver:
         overlap = self._session.overlap
         guarded = self._guarded(planned)
         with ExitStack() as unfinished:
-            overlap.begin_writing()
-            unfinished.callback(overlap.end_writing)
+            self._session.pool.writers.begin(unfinished)
             segment = self._session.pool.segment(name)
             segment.unprotect()
             unfinished.callback(segment.protect)
             image = segment.image[: partition.size_bytes]
             may_wait = None if guarded is None else guarded.may_wait
             threads = native.idle_threads(self._session.local_ranks)
-            remainder = planned.write_into(image, may_wait, threads=threads)
+            digests, remainder = planned.write_into(image, may_wait, threads=threads)
             if guarded is not None and remainder is not None:
                 late = LateCopy(remainder, guarded, state, failed)
-                overlap.copy_later(late, unfinished, lambda: item.copied_late(partition, name))
+                overlap.copy_later(
+                    late, unfinished, lambda later: item.seal_later(partition.digested(digests + later), name)
+                )
                 self._tell_overlap(partition, remainder.size_bytes)
                 return
-            item.partitions[partition.name] = (partition, name)
-        self._session.saving.seal(item.opening.version, partition, name)
+            item.seal_later(partition.digested(digests), name)
+        if self._session.settings.capture != "overlapped":  # else the commit does, off the training thread
+            item.seal_rest(self._session.saving)
 
     def _guarded(self, planned: CapturePlan) -> Guarded | None:
         """What may be copied later; None, with one message, when nothing may although the settings ask for it."""

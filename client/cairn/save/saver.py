@@ -20,7 +20,7 @@ from cairn.schedule import persist_due
 from cairn.session import Session
 from cairn.transport.messages import Opening
 from cairn.unsettled import Unsettled
-from cairn_api.errors import CairnError, ConfigurationError, SaveFailedError
+from cairn_api.errors import CairnError, ConfigurationError
 from cairn_api.names import VersionId, check_partition, check_tag
 
 log = logging.getLogger("cairn")
@@ -59,7 +59,7 @@ class Saver:
             )
             if item is not None:
                 self._open = checkpoint
-                checkpoint.note(_open(session, item))
+                checkpoint.begin()
             return checkpoint
 
     def prefault(self, states: Mapping[str, object], each: int) -> None:
@@ -191,12 +191,3 @@ def _size_bytes(state: object) -> int:
     from cairn.capture import plan as capture  # noqa: PLC0415 - needs torch
 
     return capture.plan(state).size_bytes
-
-
-def _open(session: Session, item: Unsettled) -> CairnError | None:
-    """Open the version on the daemon; why that failed. Ranks may part ways only in ``commit``, so nothing is raised."""
-    try:
-        state = session.saving.create(item.opening)
-    except CairnError as error:
-        return error
-    return None if state == "open" else SaveFailedError(f"version {item.opening.version} is already {state}")

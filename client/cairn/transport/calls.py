@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from cairn.transport.connection import Connection, ConnectionLostError
 from cairn.transport.link import Source
 from cairn.transport.messages import error_from_wire
 from cairn_api.errors import CairnError, ConfigurationError, InternalError, OverloadedError, UnavailableError
 from cairn_api.v1 import types_pb2
-from cairn_api.wire import ERROR_METADATA, TOKEN_METADATA
+from cairn_api.wire import BRIEF_BYTES, ERROR_METADATA, TOKEN_METADATA
 
 CALL_TIMEOUT_S = 30.0
 """For calls that only change the daemon's memory."""
@@ -32,6 +33,7 @@ SILENCE_TIMEOUT_S = 120.0
 """A stream without a message for this long is given up: progress comes at least every few seconds."""
 
 T = TypeVar("T")
+Reply = TypeVar("Reply", bound=Message)
 Service = Callable[[grpc.Channel], Any]
 
 
@@ -47,10 +49,14 @@ class Caller:
         self._source = source
         self._patience_s = patience_s
 
-    def unary(self, service: Service, name: str, reply: type[T], request: object, timeout_s: float) -> T:
-        """Call ``service.name(request)``, which answers a *reply*."""
+    def unary(self, service: Service, name: str, reply: type[Reply], request: Message, timeout_s: float) -> Reply:
+        """Call ``service.name(request)``, which answers a *reply*: on the side socket if the daemon offers that."""
 
-        def attempt(connection: Connection) -> T:
+        def attempt(connection: Connection) -> Reply:
+            if name in connection.welcome.calls and request.ByteSize() <= BRIEF_BYTES:
+                packed = connection.call(name, request.SerializeToString())
+                if packed is not None:
+                    return reply.FromString(packed)
             answer = self.stub(connection, service, name)(request, timeout=timeout_s)
             if not isinstance(answer, reply):
                 raise InternalError(f"{name} answered {type(answer).__name__}")

@@ -11,7 +11,8 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ class Welcome:
     daemon_version: str
     node: str
     boot: str
+    calls: frozenset[str]
+    """Those that :meth:`Connection.call` can make; a daemon of another version may know fewer."""
 
 
 class ConnectionLostError(UnavailableError):
@@ -78,6 +81,7 @@ class Connection:
         self._side = side
         self._runtime_dir = runtime_dir
         self._side_lock = threading.Lock()
+        self._requests = 0
 
     @classmethod
     def open(cls, runtime_dir: str, job: str | None, rank: int, client_version: str) -> Connection:
@@ -111,6 +115,7 @@ class Connection:
                 daemon_version=str(reply["daemon_version"]),
                 node=str(reply["node"]),
                 boot=str(reply["boot"]),
+                calls=frozenset(reply.get("calls", ())),
             )
         except PermissionError as error:
             side.close()
@@ -133,10 +138,19 @@ class Connection:
         Raises what the daemon raised, or :class:`ConnectionLostError`.
         """
         with self._side_lock:
+            self._requests += 1
             try:
-                return _exchange(self._side, message, fds)
+                return _exchange(self._side, {**message, "number": self._requests}, fds)
             except OSError as error:
                 raise no_daemon(error.strerror or error, self._runtime_dir) from error
+
+    def call(self, name: str, packed: bytes) -> bytes | None:
+        """Make a gRPC call of ``welcome.calls`` on the side socket; None when the daemon wants it by gRPC after all.
+
+        *packed* has at most :data:`cairn_api.wire.BRIEF_BYTES`. Raises as :meth:`request` does.
+        """
+        reply, _ = self.request({"op": "call", "name": name, "request": b64encode(packed).decode()})
+        return None if reply["reply"] is None else b64decode(reply["reply"])
 
     def lost(self) -> bool:
         """Whether the daemon closed its end (it stopped, or died) or this end is closed."""
@@ -173,20 +187,34 @@ def _exchange(
     if len(data) > SIDE_PACKET_BYTES:
         raise InternalError(f"a side-socket message of {len(data)} bytes is too long", context={"op": message["op"]})
     socket.send_fds(side, [data], list(fds))
+    while True:
+        reply, received = _receive(side, message)
+        # Control-C may have ended an earlier exchange between its request and its reply.
+        if reply.get("number") == message.get("number") or "number" not in reply:
+            break
+        _close(received)
+    if "error" in reply:
+        _close(received)
+        raise error_from(reply["error"])
+    return reply, received
+
+
+def _receive(side: socket.socket, message: Mapping[str, object]) -> tuple[dict[str, Any], list[int]]:
     data, received, flags, _ = socket.recv_fds(side, SIDE_PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
     try:
         if not data:
             raise ConnectionResetError("the daemon closed the connection")
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise InternalError("the daemon's answer was cut short", context={"op": message["op"]})
-        reply = json.loads(data)
-        if "error" in reply:
-            raise error_from(reply["error"])
+        return json.loads(data), list(received)
     except BaseException:
-        for fd in received:
-            os.close(fd)
+        _close(received)
         raise
-    return reply, list(received)
+
+
+def _close(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def error_from(fields: Mapping[str, Any]) -> CairnError:

@@ -6,12 +6,15 @@ is taken first: it has the right size and its pages are warm.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cairn.transport.shared_memory import Segment, segment_bytes
+from cairn.transport.writers import Writers
 from cairn_api.errors import ConfigurationError, OverloadedError, SaveFailedError
 from cairn_api.names import VersionId
 
@@ -33,15 +36,15 @@ class Pool:
     *share* has a new segment granted, lets it be made and hands it to the daemon (and raises
     :class:`OverloadedError` when the budget is spent); *release* tells the daemon that one is gone.
 
-    ``writing`` is held while a segment is written to, and while segments are offered to a restarted daemon: a buffer
-    must not be duplicated half-written.
+    ``writers`` are filling a segment. They are kept out while segments are offered to a restarted daemon: a buffer must
+    not be duplicated half-written.
     """
 
     share: Callable[[int, Callable[[], Segment]], None]
     release: Callable[[Segment], None]
     pin: Callable[[Segment], None] = lambda _: None
     """Registers a new segment's pages with the GPU's driver; a no-op without one."""
-    writing: threading.Lock = field(default_factory=threading.Lock)
+    writers: Writers = field(default_factory=Writers)
     _slots: list[_Slot] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _making: threading.Lock = field(default_factory=threading.Lock)
@@ -74,12 +77,26 @@ class Pool:
             return self._add(owner, partition, size_bytes)
 
     def segment(self, name: str) -> Segment:
-        """The segment of that name as it is now; hold ``writing`` as long as it is used."""
+        """The segment of that name as it is now; be one of ``writers`` as long as it is used."""
         with self._lock:
             for slot in self._slots:
                 if slot.segment.name == name:
                     return slot.segment
         raise SaveFailedError("the capture buffer of this save was lost", hint="save again")
+
+    @contextmanager
+    def mapping_of(self, fd: int) -> Iterator[ctypes.Array[ctypes.c_char] | None]:
+        """The memory behind *fd* where this process has it mapped as a segment; nobody writes to a segment meanwhile.
+
+        None if it is no segment of this process, or if one is being written to just now.
+        """
+        wanted = os.fstat(fd)
+        with self.writers.none_now() as whole:
+            with self._lock:
+                segments = [slot.segment for slot in self._slots] if whole else []
+                found = next((item for item in segments if os.path.samestat(os.fstat(item.fd), wanted)), None)
+                memory = None if found is None else found.memory
+            yield memory
 
     def prepare_spare(self, partition: str, size_bytes: int, wanted: int) -> bool:
         """Make one more free segment for *partition* unless *wanted* large enough exist; says whether it did.

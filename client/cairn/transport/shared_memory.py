@@ -105,6 +105,11 @@ class Segment:
             ) from error
 
     @property
+    def memory(self) -> ctypes.Array[ctypes.c_char]:
+        """All of it, for those who need to know where it is mapped; it stays mapped as long as they keep this."""
+        return (ctypes.c_char * self.size_bytes).from_buffer(self._map)
+
+    @property
     def image(self) -> torch.Tensor:
         """All of the segment as a uint8 tensor of shape (size_bytes,); writable between unprotect and protect."""
         if self._image is None:

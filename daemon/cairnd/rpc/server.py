@@ -87,6 +87,7 @@ def translated(method: Callable[..., Any]) -> Callable[..., Any]:
             await abort(context, unforeseen(error, method.__name__))
 
     handle.__doc__ = method.__doc__
+    handle.for_client = method  # type: ignore[attr-defined]  # for cairnd.rpc.brief, which has no context
     return handle
 
 

@@ -6,6 +6,9 @@ client is dead, its token with it, and what it left unfinished is settled.
     {"op": "hello", "protocol": 1, "job": "run-7", "rank": 0}            -> token, versions of daemon and protocol
     {"op": "offer", "segment": ..., "size": ..., "grant": ...}  + one fd -> {}
     {"op": "open", "lease": ..., "path": ...}                            -> size, tier, path_hint  + one fd
+    {"op": "call", "name": "Reserve", "request": <base64>}               -> {"reply": <base64>}, or null: ask by gRPC
+
+A "number" in a request stands in its reply too, so that a client that gave up waiting can tell late answers.
 
 Whoever sends a descriptor decides how long closing it takes (a TCP socket with SO_LINGER, a file of FUSE). So what was
 received is closed on threads, and so is every connection, whose unread packets may hold descriptors too. Those of users
@@ -20,6 +23,7 @@ import json
 import os
 import socket
 import struct
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +36,7 @@ from cairnd import __version__
 from cairnd.catalog.leases import Leases
 from cairnd.restore.fetcher import Fetcher
 from cairnd.restore.memory_copies import MemoryCopies
+from cairnd.rpc.brief import NAMES, BriefCalls
 from cairnd.rpc.server import remove_stale_socket
 from cairnd.rpc.status import public_class, unforeseen
 from cairnd.session.clients import TOKEN_LIFETIME_S, Client, Clients
@@ -68,6 +73,7 @@ class SideSocket:
         leases: Leases,
         fetcher: Fetcher,
         memory_copies: MemoryCopies,
+        brief_calls: BriefCalls,
         *,
         on_gone: Callable[[Client], None],
         tier1_root: Path,
@@ -80,6 +86,7 @@ class SideSocket:
         self._leases = leases
         self._fetcher = fetcher
         self._memory_copies = memory_copies
+        self._brief_calls = brief_calls
         self._on_gone = on_gone
         self._tier1_root = tier1_root
         self._socket: socket.socket | None = None
@@ -221,12 +228,16 @@ class SideSocket:
         message, fds, greeted = hello, list[int](), False
         while message:
             outgoing: list[int] = []
+            number = None
             try:
                 request = _parse(message)
+                number = request.get("number")
                 if not greeted:
                     reply = self._hello(client, request)
                     greeted = True
                     self._ungreeted.discard(connection)
+                elif request["op"] == "call":
+                    reply = await self._call(client, request)
                 else:
                     reply, outgoing = self._handle(client, request, fds)
             except CairnError as error:
@@ -237,6 +248,8 @@ class SideSocket:
                 reply = _error(unforeseen(error, "side socket"))
             finally:
                 await self._close(fds)
+            if isinstance(number, int):
+                reply["number"] = number
             try:
                 await _reply(connection, reply, outgoing)
             finally:
@@ -267,7 +280,13 @@ class SideSocket:
             "node": self._node,
             "boot": self._boot,
             "uid": client.uid,
+            "calls": NAMES,
         }
+
+    async def _call(self, client: Client, request: dict[str, Any]) -> dict[str, Any]:
+        packed = b64decode(str(request["request"]), validate=True)
+        answer = await self._brief_calls.answer(client, str(request["name"]), packed)
+        return {"reply": None if answer is None else b64encode(answer).decode()}
 
     def _handle(self, client: Client, request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         if request["op"] == "offer":

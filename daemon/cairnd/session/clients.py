@@ -92,8 +92,12 @@ class Clients:
         client = self._by_token.get(token)
         if client is None or client.tokens[token] < self._clock.monotonic_s():
             return None
-        client.seen_s = self._clock.monotonic_s()
+        self.seen(client)
         return client
+
+    def seen(self, client: Client) -> None:
+        """Take note of a sign of life."""
+        client.seen_s = self._clock.monotonic_s()
 
     def get(self, number: int) -> Client | None:
         """The connected client of that number, or None."""

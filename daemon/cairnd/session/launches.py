@@ -187,6 +187,10 @@ class Launches:
                 segment.owner = segment.partition = None
         return [segment for segment in self._memory.of_client(client.number) if segment.owner is None]
 
+    def has_buffer(self, client: Client, buffers: int) -> bool:
+        """Whether :meth:`reserve` would answer at once, with a buffer or an error."""
+        return buffers < 1 or self._next_buffer(client, buffers) is not None
+
     def _next_buffer(self, client: Client, buffers: int) -> list[Segment] | None:
         """What has to be given up for a buffer to be free: nothing ([]), a version's segments, or None: wait."""
         held: dict[VersionId, list[Segment]] = {}

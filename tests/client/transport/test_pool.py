@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import pytest
@@ -213,3 +215,37 @@ def test_a_save_that_comes_early_takes_the_spare_that_was_being_made(budget: Bud
     finally:
         go_on.set()
         busy.close()
+
+
+def filled(segment: Segment, value: int) -> None:
+    segment.unprotect()
+    segment.image[:3] = value
+    segment.protect()
+
+
+def test_a_descriptor_leads_to_the_mapping_of_its_buffer(pool: Pool) -> None:
+    for value, name in enumerate(("model", "optim")):
+        filled(pool.segment(pool.acquire(ONE, name, MIB)), value + 1)
+    other = os.memfd_create("other")
+    for segment in pool.owned_by(ONE):
+        reopened = os.open(f"/proc/self/fd/{segment.fd}", os.O_RDONLY)
+        with pool.mapping_of(reopened) as memory:
+            assert memory is not None
+            assert bytes(memory)[:3] == bytes(segment.image[:3])
+        with ExitStack() as unfinished:
+            pool.writers.begin(unfinished)
+            with pool.mapping_of(reopened) as none:
+                assert none is None, "it may be the one that is being filled"
+        os.close(reopened)
+    with pool.mapping_of(other) as none:
+        assert none is None
+    os.close(other)
+
+
+def test_a_mapping_lasts_as_long_as_it_is_used(pool: Pool) -> None:
+    filled(pool.segment(pool.acquire(ONE, "model", MIB)), 7)
+    (segment,) = pool.owned_by(ONE)
+    with pool.mapping_of(segment.fd) as memory:
+        pool.discard(ONE)
+        assert memory is not None
+        assert bytes(memory)[:3] == bytes([7, 7, 7])
