@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -250,7 +251,7 @@ class Daemon:
         stream = method(request, timeout=deadline_s, metadata=((TOKEN_METADATA, token or self._token()),))
         try:
             while True:
-                with _cancelled_after(silence_s, stream):
+                with _interrupted_by_cancelling(stream), _cancelled_after(silence_s, stream):
                     message = next(stream, None)
                 if message is None:
                     return
@@ -281,3 +282,28 @@ def _cancelled_after(seconds: float | None, stream: Any) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+@contextmanager
+def _interrupted_by_cancelling(stream: Any) -> Iterator[None]:
+    """Control-C cancels *stream*, and is raised then: raised at once it is lost when a callback of gRPC runs."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield  # no handler can be set, or somebody wants another one
+        return
+    interrupted = threading.Event()
+
+    def cancel(signal_number: int, frame: object) -> None:  # noqa: ARG001 - the signature of a handler
+        interrupted.set()
+        stream.cancel()
+
+    signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    except grpc.RpcError:
+        if not interrupted.is_set():
+            raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
