@@ -87,13 +87,21 @@ class Image:
 
         Raises :class:`UnavailableError` too, when the file cannot be read.
         """
-        loaded = self.load(map_location=map_location, weights_only=weights_only, presume=True)
         try:
-            if all(record.holds_in(fd) for record in self.presumed):
+            loaded = self.load(map_location=map_location, weights_only=weights_only, presume=True)
+        except Exception:
+            if self._presumed_rightly(fd):
+                raise
+        else:
+            if self._presumed_rightly(fd):
                 return loaded
+        return self.load(map_location=map_location, weights_only=weights_only)
+
+    def _presumed_rightly(self, fd: int) -> bool:
+        try:
+            return all(record.holds_in(fd) for record in self.presumed)
         except OSError as error:
             raise unreadable(str(error)) from error
-        return self.load(map_location=map_location, weights_only=weights_only)
 
     def _by_storage(self, weights_only: bool) -> bool:
         """Whether the tensors can be views of the image, as far as can be said without looking into the zip."""

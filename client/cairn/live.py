@@ -84,12 +84,12 @@ def load_into(
 
 
 def _copy_pieces(memory: Array[c_char], pieces: Sequence[Piece], threads: int) -> None:
-    start = addressof(memory)
     native.copy(
         array("Q", (piece.address for piece in pieces)),
-        array("Q", (start + piece.offset for piece in pieces)),
+        array("Q", (piece.offset for piece in pieces)),
         array("Q", (piece.size_bytes for piece in pieces)),
         threads,
+        source_base=addressof(memory),
     )
 
 

@@ -1,9 +1,10 @@
 """Unpickling states of plain tensors and plain values, which nearly all states are, by Python's own unpickler in C.
 
-torch's weights-only unpickler is a loop in Python and takes a few times as long. The one here is no less strict. What
-it finds for a name is out of a table of four kinds, of which none can run code of the pickle's choice: ``OrderedDict``,
-a description of a storage, and two objects without attributes that make a tensor and a parameter. Every other name is
-refused, and so is all that needs more than such a table; whoever calls then has torch read the pickle, by its rules.
+torch's weights-only unpickler is a loop in Python and takes a few times as long. What the one here finds for a name is
+out of a table of four kinds, of which none can run code of the pickle's choice: ``OrderedDict``, a description of a
+storage, and two objects without attributes that make a tensor and a parameter. Every other name is refused, and so is
+all that needs more than such a table; whoever calls then has torch read the pickle, by its rules. It takes a few things
+that torch refuses and that are as harmless: values such as ``frozenset``, and attributes set on tensors and dicts.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from operator import add, le
 from typing import NamedTuple
 
 from cairn_api.errors import ConfigurationError
-from cairnd.digests import BLOCK_BYTES
+from cairnd.digests import BLOCK_BYTES, PIECE_BYTES
 
 MAX_RECORDS = 1_000_000
 """Per partition: ten times what the largest states have, and few enough to be checked in a moment."""
@@ -160,9 +160,10 @@ class PieceDigest(NamedTuple):
 
 
 class PieceDigests:
-    """The checksums of some pieces of a partition, by position. Made from rows of four numbers, in any order.
+    """The checksums of some pieces of a partition. Made from rows of four numbers, in any order.
 
-    Raises :class:`ConfigurationError` when there are no whole rows.
+    ``pieces`` are by position once :meth:`validate` was called. Raises :class:`ConfigurationError` when there are no
+    whole rows.
     """
 
     __slots__ = ("pieces",)
@@ -171,7 +172,7 @@ class PieceDigests:
         if len(numbers) % _COLUMNS:
             raise _refuse("a digest of a piece is four numbers")
         columns = (numbers[column::_COLUMNS] for column in range(_COLUMNS))
-        self.pieces = sorted(map(PieceDigest._make, zip(*columns, strict=True)))
+        self.pieces = list(map(PieceDigest._make, zip(*columns, strict=True)))
 
     def validate(self, size_bytes: int, records: RecordTable) -> None:
         """Check the pieces against a partition of *size_bytes* with *records*, which were validated before.
@@ -179,6 +180,10 @@ class PieceDigests:
         Raises :class:`ConfigurationError` unless each lies inside, within one record and one block of 16 MiB, and none
         overlaps another.
         """
+        most = 2 * len(records) + size_bytes // PIECE_BYTES
+        if len(self.pieces) > most:
+            raise _refuse(f"{len(self.pieces)} digested pieces are more than {most}, which its records can have")
+        self.pieces.sort()
         end = 0
         for piece in self.pieces:
             if piece.offset < end or not piece.length:

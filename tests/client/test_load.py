@@ -347,6 +347,17 @@ def test_memory_that_will_be_filled_again_is_copied(connect: Connect) -> None:
     assert float(loaded.mean()) == 1.0
 
 
+def test_no_save_is_left_out_for_a_load_that_is_over(connect: Connect) -> None:
+    client = connect(buffers=1, when_no_buffer="skip")
+    state = {"x": torch.ones(3)}
+    for number in range(5):
+        with client.create(f"step{number}") as checkpoint:
+            assert not checkpoint.skipped
+            checkpoint.save("model.pt", state)
+        client.wait(f"step{number}", "tier1", timeout=20)
+        client.load(f"step{number}", "model.pt", into={"x": torch.zeros(3)})
+
+
 def test_an_opened_file_of_the_memory_tier_keeps_its_bytes_when_the_buffer_is_filled_again(connect: Connect) -> None:
     client = connect()
     save(client, "step1", 1.0, durability="tier1")

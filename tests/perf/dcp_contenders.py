@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save, save
 
 from tests.perf.contender import Contender, Place
-from tests.perf.states import State
+from tests.perf.states import State, tensors_of
+
+_OTHER_DESCRIPTORS = 1000
 
 
 class DcpSave(Contender):
@@ -61,6 +64,9 @@ class DcpAsync(DcpSave):
     def open(self, state: State) -> None:
         super().open(state)
         if self.shared_staging:
+            wanted, allowed = len(tensors_of(state)) + _OTHER_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            if wanted > allowed:  # once they are used up, nothing else in this process can be measured either
+                raise RuntimeError(f"it takes a descriptor per tensor, and `ulimit -n` of {allowed} is too low")
             self._stager = DefaultStager(
                 StagingOptions(
                     use_pinned_memory=False,

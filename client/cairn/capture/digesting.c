@@ -8,7 +8,7 @@
  */
 #include "digesting.h"
 
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 8)
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10) /* older ones lack intrinsics */
 
 #include <immintrin.h>
 #include <string.h>

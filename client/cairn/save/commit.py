@@ -62,6 +62,8 @@ def abort(session: Session, item: Unsettled, reason: str) -> None:
     """End a save on this rank that will not be committed."""
     version = item.opening.version
     try:
+        if item.opening.persist:
+            item.open_once(session.saving)  # the next version inherits the flag from one that the daemon knows
         session.saving.abort(version, reason)
     except CairnError as error:
         log.warning("version %s could not be aborted, its lease will end it: %s", version, error)

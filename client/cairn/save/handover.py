@@ -16,7 +16,6 @@ from cairn.transport.shared_memory import NoSharedMemoryError, segment_bytes
 from cairn.transport.stream import WINDOW_BYTES
 from cairn.unsettled import Unsettled
 from cairn_api.errors import CairnError, OverloadedError
-from cairn_api.names import VersionId
 
 if TYPE_CHECKING:
     from cairn.capture.plan import CapturePlan, Planner
@@ -49,7 +48,7 @@ class HandOver:
             planned = self._planner_of(name).plan(state)
             self._warn_about_globals(planned)
             partition = PartitionPlan(name, planned.size_bytes, planned.records, planned.globals)
-            segment = self._segment_for(item.opening.version, partition)
+            segment = self._segment_for(item, partition)
             if segment is None:
                 item.open_once(self._session.saving)
                 if self._session.settings.capture == "overlapped":
@@ -98,9 +97,9 @@ class HandOver:
             del self._planners[next(iter(self._planners))]
         return planner
 
-    def _segment_for(self, version: VersionId, partition: PartitionPlan) -> str | None:
+    def _segment_for(self, item: Unsettled, partition: PartitionPlan) -> str | None:
         """The name of a buffer for *partition*, or None when it is to be streamed."""
-        settings = self._session.settings
+        settings, version = self._session.settings, item.opening.version
         if not self._memory_shared:
             return None
         try:
@@ -108,7 +107,7 @@ class HandOver:
                 return self._session.pool.acquire(version, partition.name, partition.size_bytes)
             except OverloadedError:
                 # The budget does not hold `buffers` of them: make do with fewer before giving up on shared memory.
-                if not self._reuse_older(version):
+                if not self._reuse_older(item):
                     raise
                 return self._session.pool.acquire(version, partition.name, partition.size_bytes)
         except NoSharedMemoryError as error:
@@ -125,15 +124,19 @@ class HandOver:
             )
         return None
 
-    def _reuse_older(self, version: VersionId) -> bool:
+    def _reuse_older(self, item: Unsettled) -> bool:
         """Wait until an older version of this rank is safe and take its buffer; False if there is none to take."""
-        session = self._session
+        session, version = self._session, item.opening.version
         older = session.pool.older_than(version)
         if not older:
             return False
+        # To the daemon a buffer is free as long as it was not told what is in it.
+        session.overlap.wait_copied()
+        item.open_once(session.saving)
+        item.seal_rest(session.saving)
         reply = session.saving.reserve(session.settings.buffer_wait_s, older)
         session.note_failures(reply.failures)
-        for freed in session.pool.free(reply.free_segments):
+        for freed in session.pool.free(reply.free_segments, but=version):
             session.ledger.drop(freed)
         return reply.available
 

@@ -119,6 +119,7 @@ class Saver:
         try:
             check_tag(tag)
             wait_s = settings.buffer_wait_s if settings.when_no_buffer == "wait" else 0.0
+            session.restoring.settle()
             reply = session.saving.reserve(wait_s, settings.buffers)
             session.note_failures(reply.failures)
             error = error or session.take_failure(tier2_too=False)

@@ -13,6 +13,7 @@ import socket
 import threading
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,19 @@ class Connection:
     def request(self, message: Mapping[str, object], fds: Sequence[int] = ()) -> tuple[dict[str, Any], list[int]]:
         """One request on the side socket; returns the reply and the descriptors (owned by the caller) with it.
 
-        Raises what the daemon raised, or :class:`ConnectionLostError`.
+        Raises what the daemon raised, :class:`ConnectionLostError` when it is gone, and :class:`UnavailableError` when
+        it does not answer.
         """
         with self._side_lock:
             self._requests += 1
             try:
                 return _exchange(self._side, {**message, "number": self._requests}, fds)
+            except TimeoutError as error:
+                raise UnavailableError(
+                    f"the daemon in {self._runtime_dir} is there, but did not answer within {SIDE_TIMEOUT_S:g} s",
+                    hint="run `cairn status`, and look at the daemon's log and the machine's load",
+                    context={"runtime_dir": self._runtime_dir, "op": message["op"]},
+                ) from error
             except OSError as error:
                 raise no_daemon(error.strerror or error, self._runtime_dir) from error
 
@@ -171,7 +179,9 @@ class Connection:
         return any(fd == side_fd for fd, _ in poller.poll(max(0.0, timeout_s) * 1000))
 
     def close(self) -> None:
-        """Leave. The daemon sees the end of this client's presence."""
+        """Leave. The daemon sees the end of this client's presence, and so does a thread that waits for a reply."""
+        with suppress(OSError):  # the daemon was faster
+            self._side.shutdown(socket.SHUT_RDWR)
         self._side.close()
         self.channel.close()
 

@@ -113,13 +113,16 @@ class Pool:
             self._add(None, partition, size_bytes)
         return True
 
-    def free(self, names: Iterable[str]) -> set[VersionId]:
-        """These segments may be overwritten. Returns the versions that own none any more."""
+    def free(self, names: Iterable[str], *, but: VersionId | None = None) -> set[VersionId]:
+        """These segments may be overwritten, except those of *but*, a version that the daemon may not know yet.
+
+        Returns the versions that own none any more.
+        """
         wanted = set(names)
         with self._lock:
             touched = set()
             for slot in self._slots:
-                if slot.segment.name in wanted and slot.owner is not None:
+                if slot.segment.name in wanted and slot.owner not in (None, but):
                     touched.add(slot.owner)
                     slot.owner = None
             return touched - {slot.owner for slot in self._slots}

@@ -62,6 +62,7 @@ class RestoreCalls:
         self._ended: _Ended = queue.SimpleQueue()
         self._ender: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._fetch_ended = False
 
     def resolve(self, source: str = "", tag: str = "", *, local_only: bool = False) -> dict[str, Any]:
         """Everything this daemon could restore, as the JSON value that ranks gather (see ``cairn.choice``)."""
@@ -136,6 +137,15 @@ class RestoreCalls:
         """End the protection that :meth:`fetch` gave, soon: nobody waits for that. Raises nothing."""
         self._start_ender()
         self._ended.put(partial(_end_fetch, lease=lease))
+        self._fetch_ended = True
+
+    def settle(self) -> None:
+        """Wait until the fetches that ended so far protect nothing any more: no save is to be left out for them."""
+        if self._fetch_ended:
+            self._fetch_ended = False
+            settled = threading.Event()
+            self._ended.put(lambda _: settled.set())
+            settled.wait(CALL_TIMEOUT_S)
 
     def close(self) -> None:
         """Nothing more has to be ended: the daemon takes what is left with the connection."""

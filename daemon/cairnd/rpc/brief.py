@@ -1,7 +1,8 @@
 """Calls that training waits for, answered on the side socket: there a round trip takes a fifth of gRPC's.
 
 They are calls of the Save and Restore services, with the same messages and the same code behind them. What would have
-to wait, or does not fit into one packet, is left to gRPC: the answer is then None, and nothing has been done.
+to wait is left to gRPC, and so is an answer that does not fit into one packet: it is then None. All of them may be made
+again, so it does no harm that such a call was done once already.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _REQUESTS: Mapping[str, Any] = {
     "Fetch": restore_pb2.FetchRequest,
     "EndFetch": restore_pb2.EndFetchRequest,
 }
-"""Those that only change the daemon's memory: while one is worked on, its client's side socket answers nothing else."""
+"""Those that wait for nobody: while one is worked on, its client's side socket answers nothing else."""
 
 NAMES = tuple(_REQUESTS)
 

@@ -323,7 +323,7 @@ class Saves:
         version.partitions = save.partitions()
         self._catalog.move(version, VersionState.SEALED, bytes=version.size_bytes)
         if all(item.segment is not None for item in save.received.values()):
-            # The captured bytes are what every other copy is compared with.
+            # What was captured is what every copy is compared with; whoever first reads one digests it whole.
             self._catalog.set_copy(version, Tier.MEMORY, CopyState.VERIFIED)
         self._on_sealed(save)
 
