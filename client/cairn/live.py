@@ -22,7 +22,10 @@ from cairn.reading import Piece, read_pieces
 from cairn_api.errors import ConfigurationError
 
 _MOST_TOLD = 5
-_HINT = "pass tensors of the saved names, shapes and dtypes, or load without `into`; nothing was changed"
+_HINT = (
+    "pass tensors of the saved names, shapes and dtypes, and None under the names of what holds no tensor, or load "
+    "without `into`; nothing was changed"
+)
 _WITHOUT_STATE = "is of an optimizer that has no state yet"
 _HINT_WITHOUT_STATE = (
     "an optimizer makes its state in its first step: take one step before this load, or load without `into` and pass "

@@ -226,7 +226,7 @@ class App:
 
     def _take_in(self, recovered: Recovered) -> None:
         for key in recovered.swept:
-            self.events.publish("recovery_swept", key=key, reason="it had no manifest: its save was never committed")
+            self.events.publish("recovery_swept", key=key, reason="it had no manifest: it never reached tier 1")
         for key, why in recovered.quarantined:
             self.events.publish("manifest_quarantined", key=key, reason=why)
             self.reporter.left_alone.append(

@@ -213,7 +213,7 @@ class Keeper:
         if beyond_disk >= beyond_limit:
             free_bytes = size_bytes + _RESERVED_BYTES - beyond_disk
             reason = f"{free_bytes} bytes are free in {self._tier1.root}, {_RESERVED_BYTES} must stay free for records"
-            step = "free space there"
+            step = "free space there or put tier1_path on a larger disk"
         else:
             limit_bytes = self._settings.tier1_limit_bytes
             used_bytes = limit_bytes + beyond_limit - size_bytes
