@@ -31,7 +31,6 @@ UNIT_BYTES = 4 << 20
 DIGESTED_FROM_BYTES = 256 << 10
 """Shorter spans are not digested while copying: to send and put together their digests takes as long as taking them."""
 
-_RUNNING = Path("/proc/loadavg")
 _DIGEST_COLUMNS = 4
 _DIGEST_BYTES = 8 * _DIGEST_COLUMNS
 _CRC64NVME_REFLECTED = 0x9A6C9329AC4BC9B5
@@ -113,18 +112,6 @@ def _copy(
 def idle_threads(local_ranks: int) -> int:
     """How many threads this rank should copy with, when *local_ranks* ranks of this node save at once: 1 to 8."""
     return max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // max(1, local_ranks)))
-
-
-def idle_threads_now(most: int) -> int:
-    """How many threads may copy beside whatever computes at this moment without taking its cores: 1 to *most*.
-
-    Threads that can run now are counted in the whole machine (``/proc/loadavg``); the calling one is not.
-    """
-    try:
-        running = int(_RUNNING.read_text().split()[3].split("/")[0]) - 1
-    except (OSError, ValueError, IndexError):  # hidden, or of another form
-        return 1
-    return max(1, min(most, len(os.sched_getaffinity(0)) - running))
 
 
 @cache

@@ -60,12 +60,10 @@ class Remainder:
     def copy(self) -> array[int]:
         """Copy it: one call without the interpreter lock, from any thread; returns when every byte has arrived.
 
-        It leaves the cores alone that compute meanwhile: one thread comes near the memory's bandwidth, and two would
-        take twice the processor time from training.
         Returns the checksums that were taken on the way, as ``Written.digests``.
         """
         self._spans.check()
-        return copy_spans(self._image, self._spans, native.idle_threads_now(self._threads))
+        return copy_spans(self._image, self._spans, self._threads)
 
 
 class Written(NamedTuple):

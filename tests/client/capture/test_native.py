@@ -252,23 +252,6 @@ def test_threads_are_shared_among_the_ranks_of_a_node(local_ranks: int) -> None:
     assert 1 <= native.idle_threads(local_ranks) <= max(1, cores // local_ranks)
 
 
-@pytest.mark.parametrize(
-    ("running", "threads"), [("1/200", 3), ("2/200", 3), ("3/200", 2), ("4/200", 1), ("90/200", 1), ("what", 1)]
-)
-def test_a_late_copy_leaves_computing_cores_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: str, threads: int
-) -> None:
-    (tmp_path / "loadavg").write_text(f"0.00 0.01 0.05 {running} 4242\n")
-    monkeypatch.setattr(native, "_RUNNING", tmp_path / "loadavg")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-    assert native.idle_threads_now(3) == threads
-
-
-def test_what_runs_on_this_machine_can_be_read() -> None:
-    assert 1 <= native.idle_threads_now(8) <= len(os.sched_getaffinity(0))
-    assert native._RUNNING.read_text().split()[3].partition("/")[0].isdigit()
-
-
 @pytest.fixture
 def other_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The library is looked for here, and nothing is here yet."""
