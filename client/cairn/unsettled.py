@@ -142,6 +142,7 @@ def _tell_version(calls: SaveCalls, item: Unsettled, pool: Pool) -> str:
     item.when_over = None
     item.told.clear()
     state = calls.create(item.opening, resumed=True)
+    item.opened = True
     if state == "aborted":
         raise SaveFailedError("the daemon had aborted it", hint="save again")
     if state == "sealed":

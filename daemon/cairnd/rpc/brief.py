@@ -20,15 +20,18 @@ from cairnd.rpc.status import unforeseen
 from cairnd.session.clients import Client, Clients
 from cairnd.session.launches import Launches
 
-_REQUESTS: Mapping[str, Any] = {
+_SAVING: Mapping[str, Any] = {
     "Reserve": pb.ReserveRequest,
     "Create": pb.CreateRequest,
     "Seal": pb.SealRequest,
     "Commit": pb.CommitRequest,
+}
+_RESTORING: Mapping[str, Any] = {
     "Resolve": restore_pb2.ResolveRequest,
     "Fetch": restore_pb2.FetchRequest,
     "EndFetch": restore_pb2.EndFetchRequest,
 }
+_REQUESTS = {**_SAVING, **_RESTORING}
 """Those that wait for nobody: while one is worked on, its client's side socket answers nothing else."""
 
 NAMES = tuple(_REQUESTS)
@@ -59,7 +62,7 @@ class BriefCalls:
                 if reply is None:
                     return None
             else:
-                service = self._saves if hasattr(SaveService, name) else self._restores
+                service = self._saves if name in _SAVING else self._restores
                 reply = await getattr(type(service), name).for_client(service, request, client)
             answer: bytes = reply.SerializeToString()
         except CairnError:
