@@ -75,13 +75,17 @@ class DaemonProcess:
 
     def start(self) -> None:
         """Start it and wait until both sockets answer."""
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
+        self.launch()
         try:
             self._wait_ready(time.monotonic() + START_TIMEOUT_S)
         except BaseException:
             self.kill9()
             raise
+
+    def launch(self) -> None:
+        """Start it and do not wait: for who kills it before it is ready."""
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
 
     def kill9(self) -> None:
         """SIGKILL, and reap."""

@@ -24,7 +24,7 @@ _WARNINGS = frozenset(
     {
         "version_aborted", "copy_failed", "persist_failed", "copy_quarantined", "claim_lost", "save_skipped",
         "tier2_unreachable", "tier2_refused", "epoch_provisional", "drain_incomplete", "manifest_quarantined",
-        "recovery_swept",
+        "recovery_swept", "repair_failed", "scrub_failed", "health_not_written",
     }
 )  # fmt: skip
 
@@ -43,7 +43,7 @@ class Event:
     def text(self) -> str:
         """One line for a person."""
         subject = f" {self.job}/{self.version}" if self.version else (f" {self.job}" if self.job else "")
-        return self.name + subject + "".join(f" {key}={value}" for key, value in self.fields.items())
+        return self.name + subject + "".join(f" {key}={_on_one_line(value)}" for key, value in self.fields.items())
 
     def json(self) -> str:
         """One line for a machine."""
@@ -51,6 +51,11 @@ class Event:
             {"number": self.number, "time_s": round(self.time_s, 3), "event": self.name, "job": self.job,
              "version": self.version, **self.fields}
         )  # fmt: skip
+
+
+def _on_one_line(text: str) -> str:
+    """*text*, which may be anybody's, with escapes for line ends and for what a terminal would obey."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class EventLog:

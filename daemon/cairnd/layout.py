@@ -8,6 +8,7 @@ Tier 1 (below ``tier1_path``; keys are relative to it)::
       jobs/<job>.json                  what the job's policy was: storage location, retention, owner
       pins/<job>/<version>.json        exemptions from retention
       requests/<job>/<version>.json    "persist this", asked for after the save
+      health/<job>/<version>.json      which of its copies were found damaged, and how
       quarantine/<n>/<key>             damaged copies, kept for the operator
       fetched/<source>/<job>/<version> read from another bucket (``load_path``); swept at start
     jobs/
@@ -38,7 +39,7 @@ from __future__ import annotations
 
 from hashlib import sha256
 
-from cairn_api.names import RESERVED_NAME, VersionId, check_job, check_node, check_partition
+from cairn_api.names import RESERVED_NAME, VersionId, check_job, check_node, check_partition, parse_version
 
 LAYOUT_VERSION = 1
 
@@ -47,6 +48,7 @@ LOCK_KEY = f"{RESERVED_NAME}/lock"
 JOB_RECORDS = f"{RESERVED_NAME}/jobs"
 PINS = f"{RESERVED_NAME}/pins"
 REQUESTS = f"{RESERVED_NAME}/requests"
+HEALTH = f"{RESERVED_NAME}/health"
 QUARANTINE = f"{RESERVED_NAME}/quarantine"
 FETCHED = f"{RESERVED_NAME}/fetched"
 VERSIONS = "jobs"
@@ -64,12 +66,22 @@ def request(job: str, version: VersionId) -> str:
     return f"{REQUESTS}/{check_job(job)}/{version}.json"
 
 
+def health(job: str, version: VersionId) -> str:
+    return f"{HEALTH}/{check_job(job)}/{version}.json"
+
+
 def job_folder(job: str) -> str:
     return f"{VERSIONS}/{check_job(job)}"
 
 
 def version_folder(job: str, version: VersionId) -> str:
     return f"{job_folder(job)}/{version}"
+
+
+def version_of(folder: str) -> tuple[str, VersionId]:
+    """The job and the version whose :func:`version_folder` is *folder*."""
+    _, job, version = folder.split("/")
+    return job, parse_version(version)
 
 
 def partition(job: str, version: VersionId, path: str) -> str:

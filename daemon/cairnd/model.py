@@ -64,10 +64,11 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Where one version stands in one tier."""
+    """Where one version stands in one tier. ``damaged``: its bytes were read, and are not what its manifest says."""
 
     state: CopyState
     error: str = ""
+    damaged: bool = False
 
 
 ABSENT = Copy(CopyState.ABSENT)

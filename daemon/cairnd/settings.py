@@ -11,7 +11,7 @@ import argparse
 import math
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,6 +22,9 @@ from cairn_api.wire import DEFAULT_RUNTIME_DIR
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
+
+TIER1_RESERVED_BYTES = 64 * MIB
+"""Kept free in tier 1 for manifests and records, so that a full disk can still be tidied up."""
 
 
 def _setting(default: Any, help_text: str) -> Any:
@@ -87,6 +90,14 @@ class Settings:
     verify_on_load: str = _setting(
         "cached", "cached: a tier 1 file is hashed once per daemon start or change of the file; always: at every load"
     )
+    scrub_bytes_per_s: int = _setting(
+        16 * MIB,
+        "bytes per second at which tier 1 is read again in the background to find damage early; 0: not at all",
+    )
+    scrub_tier2_bytes_per_s: int = _setting(
+        0, "the same for tier 2, where reading may cost money; 0: not at all (`cairn verify --deep` reads it too)"
+    )
+    scrub_interval_s: float = _setting(86400.0, "seconds after which a copy is read again in the background")
     protect_files: bool = _setting(
         False,
         "make published files immutable (needs root): not even root can then overwrite one through a link; "
@@ -98,28 +109,33 @@ class Settings:
 
     def validate(self) -> Settings:
         """Return self, or raise :class:`ConfigurationError` naming the field, its value and what would be accepted."""
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise _invalid(item.name, value, "a finite number")
-        for name, least in _LEAST.items():
-            most = _MOST.get(name, math.inf)
-            if not least <= getattr(self, name) <= most:
-                raise _invalid(
-                    name, getattr(self, name), f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
-                )
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise _invalid(name, getattr(self, name), " or ".join(choices))
-        for name in ("runtime_dir", "tier1_path"):
-            if not Path(getattr(self, name)).is_absolute():
-                raise _invalid(name, getattr(self, name), "an absolute path")
-        if self.persistent_storage_path and "://" not in self.persistent_storage_path:
-            raise _invalid("persistent_storage_path", self.persistent_storage_path, "a URL such as s3://bucket/prefix")
-        for option in self.storage_options:
-            if "=" not in option:
-                raise _invalid("storage_options", option, "key=value")
+        for fault in self.faults():
+            raise fault
         return self
+
+    def faults(self) -> Iterator[ConfigurationError]:
+        """What :meth:`validate` would raise, one for each field that is not valid."""
+        for item in fields(self):
+            fault = self._fault(item.name, getattr(self, item.name))
+            if fault is not None:
+                yield fault
+
+    def _fault(self, name: str, value: Any) -> ConfigurationError | None:
+        if isinstance(value, float) and not math.isfinite(value):
+            return _invalid(name, value, "a finite number")
+        least, most = _LEAST.get(name), _MOST.get(name, math.inf)
+        if least is not None and not least <= value <= most:
+            return _invalid(name, value, f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}")
+        if name in _CHOICES and value not in _CHOICES[name]:
+            return _invalid(name, value, " or ".join(_CHOICES[name]))
+        if name in ("runtime_dir", "tier1_path") and not Path(value).is_absolute():
+            return _invalid(name, value, "an absolute path")
+        if name == "persistent_storage_path" and value and "://" not in value:
+            return _invalid(name, value, "a URL such as s3://bucket/prefix")
+        if name == "storage_options":
+            unpaired = next((option for option in value if "=" not in option), None)
+            return _invalid(name, unpaired, "key=value") if unpaired is not None else None
+        return None
 
     def capture_limit_bytes(self) -> int:
         """The capture budget with the default resolved."""
@@ -140,6 +156,9 @@ _LEAST: Mapping[str, float] = {
     "tier2_keep_period_s": 0,
     "tier1_limit_bytes": 0,
     "tier1_write_bytes_per_s": 0,
+    "scrub_bytes_per_s": 0,
+    "scrub_tier2_bytes_per_s": 0,
+    "scrub_interval_s": 1,
     "drain_threads": 1,
     "recheck_one_in": 1,
     "tier2_delete_grace_s": 0,
@@ -193,6 +212,16 @@ def load_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
     Raises :class:`ConfigurationError` for an unknown name (with the nearest known one), a value of the wrong type or
     out of range, or a file that cannot be read.
     """
+    settings, faults = examine_settings(arguments, environment)
+    for fault in faults:
+        raise fault
+    return settings
+
+
+def examine_settings(
+    arguments: Sequence[str], environment: Mapping[str, str]
+) -> tuple[Settings, list[ConfigurationError]]:
+    """The settings with what is wrong left at its default, and all that is wrong with them. Raises nothing."""
     parser = argparse.ArgumentParser(prog="cairnd", description="The Cairn checkpoint daemon.", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings (also CAIRN_CONFIG)")
     for item in fields(Settings):
@@ -204,36 +233,51 @@ def load_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         )
     parsed, unknown = parser.parse_known_args(arguments)
     types = get_type_hints(Settings)
+    faults: list[ConfigurationError] = []
     if unknown:
         near = get_close_matches(unknown[0].partition("=")[0], parser._option_string_actions, n=1)  # noqa: SLF001
-        raise ConfigurationError(
-            f"unknown argument {unknown[0]!r}", hint=f"did you mean {near[0]!r}?" if near else "see `cairnd --help`"
+        faults.append(
+            ConfigurationError(
+                f"unknown argument {unknown[0]!r}", hint=f"did you mean {near[0]!r}?" if near else "see `cairnd --help`"
+            )
         )
-    values: dict[str, Any] = {}
+    given: list[tuple[str, object]] = []
     config = parsed.config or environment.get("CAIRN_CONFIG")
-    if config:
-        for name, value in _read_file(config).items():
-            if name not in types:
-                near = get_close_matches(name, types, n=1)
-                raise ConfigurationError(
-                    f"{config}: unknown setting {name!r}",
-                    hint=f"did you mean {near[0]!r}?" if near else "see deploy/cairnd.example.toml for all settings",
-                )
-            values[name] = _convert(name, value, types[name])
-    for name, kind in types.items():
+    for name, value in (_read_file(config, faults) if config else {}).items():
+        if name in types:
+            given.append((name, value))
+            continue
+        near = get_close_matches(name, types, n=1)
+        faults.append(
+            ConfigurationError(
+                f"{config}: unknown setting {name!r}",
+                hint=f"did you mean {near[0]!r}?" if near else "see deploy/cairnd.example.toml for all settings",
+            )
+        )
+    for name in types:
         from_flag, from_environment = getattr(parsed, name), environment.get("CAIRN_" + name.upper())
-        if from_flag is not None:
-            values[name] = _convert(name, from_flag, kind)
-        elif from_environment is not None:
-            values[name] = _convert(name, from_environment, kind)
-    return Settings(**values).validate()
+        if from_flag is not None or from_environment is not None:
+            given.append((name, from_flag if from_flag is not None else from_environment))
+    values: dict[str, Any] = {}
+    for name, value in given:
+        try:
+            values[name] = _convert(name, value, types[name])
+        except ConfigurationError as error:
+            faults.append(error)
+    invalid = list(Settings(**values).faults())
+    for fault in invalid:
+        del values[fault.context["setting"]]  # defaults are valid
+    return Settings(**values), faults + invalid
 
 
-def _read_file(path: str) -> dict[str, object]:
+def _read_file(path: str, faults: list[ConfigurationError]) -> dict[str, object]:
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except (OSError, ValueError) as error:  # not TOML, or not text
-        raise ConfigurationError(
-            f"cannot read the configuration file {path}: {error}", hint="correct --config or CAIRN_CONFIG"
-        ) from error
+        faults.append(
+            ConfigurationError(
+                f"cannot read the configuration file {path}: {error}", hint="correct --config or CAIRN_CONFIG"
+            )
+        )
+        return {}

@@ -49,4 +49,6 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
         while not task.done():
             with suppress(asyncio.CancelledError):
                 await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # nobody waits for it any more; asyncio would report it as forgotten
         raise

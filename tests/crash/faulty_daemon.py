@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -20,11 +21,15 @@ from unittest import mock
 from cairnd import __main__ as cairnd_main
 from cairnd import layout
 from cairnd.app import App
+from cairnd.core import Surroundings
 from cairnd.manifest import NodeManifest
 from cairnd.session import tier1_writer
 from cairnd.session.saves import Received
 from cairnd.tiers.filesystem import AnyPath, OsFileSystem
 from cairnd.tiers.local import LocalTier
+
+SURROUNDINGS = Surroundings()
+"""What else is replaced, beside the file system."""
 
 HOLD = "CAIRN_TEST_HOLD"
 """The variable that names the file with which a test holds the syncs of :class:`HeldDisk`."""
@@ -135,7 +140,9 @@ def main() -> int:
     fault, *arguments = sys.argv[1:]
     fs = FILE_SYSTEMS[fault]()
     with ExitStack() as patched:
-        patched.enter_context(mock.patch.object(cairnd_main, "App", partial(App, fs=fs)))
+        patched.enter_context(
+            mock.patch.object(cairnd_main, "App", partial(App, surroundings=replace(SURROUNDINGS, fs=fs)))
+        )
         if fault == "manifest_first":
             patched.enter_context(mock.patch.object(tier1_writer, "publish_version", publish_manifest_first))
         return cairnd_main.main(arguments)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from cairn_api.names import VersionId
 from cairnd import layout
 from cairnd.app import App
+from cairnd.core import Surroundings
 from cairnd.events import Event
 from cairnd.model import Tier, Version, VersionState
 from cairnd.records import PieceDigests, RecordTable
@@ -94,7 +95,7 @@ class Lab:
         self.app = self._new_app()
 
     def _new_app(self) -> App:
-        app = App(self.settings, self._environment, clock=self.clock)
+        app = App(self.settings, self._environment, Surroundings(clock=self.clock))
         if self._wrap_store is not None:
             make, wrap = app.storage._open_store, self._wrap_store
             app.storage._open_store = lambda url: wrap(make(url))

@@ -27,6 +27,7 @@ def keys(job: str, version: VersionId, path: str) -> dict[str, str]:
         "job_record": layout.job_record(job),
         "pin": layout.pin(job, version),
         "request": layout.request(job, version),
+        "health": layout.health(job, version),
         "job_folder": layout.job_folder(job),
         "version_folder": layout.version_folder(job, version),
         "partition": layout.partition(job, version, path),
@@ -57,7 +58,7 @@ def test_all_of_the_layout_is_looked_at() -> None:
         return {
             name
             for name, made in inspect.getmembers(owner, inspect.isfunction)
-            if not name.startswith(("_", "check_")) and made.__module__ == layout.__name__
+            if not name.startswith(("_", "check_", "parse_", "version_of")) and made.__module__ == layout.__name__
         }
 
     named = keys("job", VersionId(1, 1, "t"), "p")
@@ -70,6 +71,7 @@ def test_all_of_the_layout_is_looked_at() -> None:
 @given(jobs, versions, paths)
 def test_keys_stay_below_their_root_and_apart(job: str, version: VersionId, path: str) -> None:
     drawn = keys(job, version, path)
+    assert layout.version_of(drawn["version_folder"]) == (job, version)
     for what, key in drawn.items():
         plain = key.removesuffix("/")
         assert check_key(plain) == plain

@@ -58,6 +58,7 @@ DAEMON = Package(
         row("__main__"),
         row("app"),
         row("rpc cli"),
+        row("core"),
         WORK,
         row("replication"),
         row("catalog"),
@@ -67,7 +68,7 @@ DAEMON = Package(
     ),
     foreign=row("cairn_api awscrt fsspec isal prometheus_client s3fs"),
     extra={"rpc": row("grpc grpc_health grpc_reflection google"), "cli": row("grpc google rich")},
-    forbidden={"tiers": row("model manifest layout")},
+    forbidden={"tiers": row("model manifest layout"), "rpc": row("core"), "cli": row("core")},
     friends=WORK | VALUES | SEAMS,
 )
 

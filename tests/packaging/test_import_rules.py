@@ -54,6 +54,8 @@ def plant(root: Path, name: str, source: str) -> None:
         ("cairnd/cli/main.py", "from cairnd.rpc import server\n", "rpc lies beside cli"),
         ("cairnd/rpc/server.py", "from cairnd.app import App\n", "app lies above rpc"),
         ("cairnd/rpc/server.py", "import rich\n", "rich is not open to it"),
+        ("cairnd/rpc/server.py", "from cairnd.core import Core\n", "rpc must not know core"),
+        ("cairnd/core.py", "from cairnd.rpc import server\n", "rpc lies above core"),
         ("cairnd/catalog/catalog.py", "from cairnd.replication import bucket\n", "replication lies above catalog"),
         ("cairnd/tiers/local.py", "from cairnd.model import Version\n", "tiers must not know model"),
         ("cairnd/tiers/local.py", "from cairnd.manifest import encode\n", "tiers must not know manifest"),

@@ -28,6 +28,7 @@ class Catalog:
         self._waiters: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._last_persist_s: dict[str, float] = {}
         self._listeners: list[Callable[[Version], None]] = []
+        self._damage_listeners: list[Callable[[Version, Tier], None]] = []
 
     def jobs(self) -> list[str]:
         """Names of the jobs with at least one version, sorted."""
@@ -100,15 +101,30 @@ class Catalog:
         self._notify(version)
 
     def set_copy(self, version: Version, tier: Tier, state: CopyState, error: str = "", **fields: object) -> None:
-        """Record where the copy in *tier* stands, publish ``copy_<state>`` and wake waiters."""
-        before, version.copies[tier] = version.copy(tier), Copy(state, error)
-        if before == version.copies[tier]:
+        """Record where the copy in *tier* stands, publish ``copy_<state>`` and wake waiters.
+
+        A damaged copy that is being written anew, or could not be, stays damaged until it is verified or gone.
+        """
+        before = version.copy(tier)
+        damaged = before.damaged and state in (CopyState.COPYING, CopyState.FAILED)
+        self._set_copy(version, tier, Copy(state, error or (before.error if damaged else ""), damaged), fields)
+
+    def set_damaged(self, version: Version, tier: Tier, problem: str) -> None:
+        """Record that *tier* holds other bytes than the manifest says; reading or writing them anew clears that."""
+        self._set_copy(version, tier, Copy(CopyState.FAILED, problem, damaged=True), {})
+
+    def _set_copy(self, version: Version, tier: Tier, copy: Copy, fields: dict[str, object]) -> None:
+        before, version.copies[tier] = version.copy(tier), copy
+        if before == copy:
             return
-        if state is CopyState.VERIFIED and tier is Tier.TIER2:
+        if copy.damaged and not before.damaged:
+            for listener in self._damage_listeners:
+                listener(version, tier)
+        if copy.state is CopyState.VERIFIED and tier is Tier.TIER2:
             self._last_persist_s[version.job] = self._clock.monotonic_s()
-        if error:
-            fields["error"] = error
-        self._events.publish(f"copy_{state}", version.job, version.id, tier=tier, **fields)
+        if copy.error:
+            fields["error"] = copy.error
+        self._events.publish(f"copy_{copy.state}", version.job, version.id, tier=tier, **fields)
         self._notify(version)
 
     def last_persist_age_s(self, job: str) -> float | None:
@@ -119,6 +135,10 @@ class Catalog:
     def on_change(self, listener: Callable[[Version], None]) -> None:
         """Call *listener* after each change of a version, in the loop's thread; it must not block."""
         self._listeners.append(listener)
+
+    def on_damaged(self, listener: Callable[[Version, Tier], None]) -> None:
+        """Call *listener* once for each copy that is found damaged, in the loop's thread; it must not block."""
+        self._damage_listeners.append(listener)
 
     def _notify(self, version: Version) -> None:
         for listener in self._listeners:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from queue import SimpleQueue
@@ -33,11 +33,14 @@ Progress = Callable[[int], None]
 
 
 class Hashing:
-    """Shared by all who hash. Its methods block; thread-safe. Takes :data:`READERS` x 4 MiB of memory."""
+    """Shared by all who hash. Its methods block; thread-safe. Takes :data:`READERS` x 4 MiB of memory.
 
-    def __init__(self, fs: FileSystem) -> None:
+    *pools* makes a pool of so many threads with a name.
+    """
+
+    def __init__(self, fs: FileSystem, pools: Callable[[int, str], Executor] = ThreadPoolExecutor) -> None:
         self._fs = fs
-        self._pool = ThreadPoolExecutor(READERS, "cairnd-hash")
+        self._pool = pools(READERS, "cairnd-hash")
         self._buffers: SimpleQueue[bytearray] = SimpleQueue()
         for _ in range(READERS):
             self._buffers.put(bytearray())

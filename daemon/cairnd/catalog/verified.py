@@ -122,7 +122,6 @@ class VerifiedFiles:
             self._fs.close(fd)
 
     def _damaged(self, key: str, why: str) -> DamagedError:
-        self._metrics.verify_failures.labels("tier1").inc()
         return DamagedError(
             f"tier 1 copy {key} is damaged: {why}", hint="it is restored from another copy if there is one"
         )

@@ -47,12 +47,13 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class EpochClaim:
-    """A launch's claim of an epoch."""
+    """A launch's claim of an epoch. ``problem``: why it cannot be believed; its name still tells the epoch."""
 
     epoch: int
     nonce: str
     world_size: int
     resumed_from: VersionId | None
+    problem: str = ""
 
 
 class BucketRepository:
@@ -109,6 +110,9 @@ class BucketRepository:
                 raise ValueError("nobody decides that")
             if verdict is Verdict.COMMITTED and not (document["manifests"] and document["nonce"]):
                 raise ValueError("it commits nothing")
+            # A write that went astray must not pass for a decision: "deleted" would take the data with it.
+            if (document["version"], document.get("job", job)) != (str(version), job):
+                raise ValueError(f"it is about {document.get('job', job)}/{document['version']}")
         return Decision(verdict, document)
 
     def committed(self, job: str, version: VersionId, decision: Decision) -> list[NodeManifest]:
@@ -156,6 +160,7 @@ class BucketRepository:
         document = {
             "format": DECISION_FORMAT,
             "verdict": Verdict.COMMITTED.value,
+            "job": job,
             "version": str(version),
             "world_size": world_size,
             "nonce": manifests[0].nonce,
@@ -166,7 +171,8 @@ class BucketRepository:
     def abort(self, job: str, version: VersionId, reason: str) -> Decision:
         """Decide "aborted" unless it is decided already; returns what counts."""
         document = {
-            "format": DECISION_FORMAT, "verdict": Verdict.ABORTED.value, "version": str(version), "reason": reason,
+            "format": DECISION_FORMAT, "verdict": Verdict.ABORTED.value, "job": job, "version": str(version),
+            "reason": reason,
         }  # fmt: skip
         return self._decide(job, version, document)
 
@@ -213,12 +219,20 @@ class BucketRepository:
     # Epochs
 
     def epochs(self, job: str) -> list[EpochClaim]:
-        """All claims, newest first."""
-        keys = [info.key for info in self.store.list(Keys.epochs(job)) if info.key.endswith(".json")]
-        for key in keys:
-            if key not in self._claims:  # a claim is never changed
-                self._claims[key] = self._claim(key)
-        claims = [self._claims[key] for key in keys]
+        """All claims, newest first; one that cannot be believed says so, and does not hide the others."""
+        prefix = Keys.epochs(job)
+        claims = []
+        for info in self.store.list(prefix):
+            name = info.key.removeprefix(prefix).removeprefix("e").removesuffix(".json")
+            if not (name.isdecimal() and info.key == Keys.epoch(job, int(name))):
+                continue
+            claim = self._claims.get(info.key)  # a claim is never changed
+            if claim is None:
+                try:
+                    claim = self._claims[info.key] = self._claim(info.key)
+                except VersionError as error:
+                    claim = EpochClaim(int(name), "", 0, None, error.message)
+            claims.append(claim)
         return sorted(claims, key=lambda claim: claim.epoch, reverse=True)
 
     def claim_epoch(self, job: str, claim: EpochClaim) -> bool:
@@ -240,6 +254,8 @@ class BucketRepository:
     def _claim(self, key: str) -> EpochClaim:
         document = decode(self.store.get(key, _SMALL_BYTES), EPOCH_FORMAT, key)
         with _read_as_stated(key):
+            if key != Keys.epoch(document["job"], document["epoch"]):
+                raise ValueError(f"it is the claim of epoch {document['epoch']} of {document['job']}")
             resumed_from = document["resumed_from"]
             return EpochClaim(
                 int(document["epoch"]), str(document["nonce"]), int(document["world_size"]),

@@ -9,7 +9,6 @@ are never reused, and nothing is visible before the decision key.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -197,7 +196,7 @@ class Replicator:
         decision = await self._workers.run(bucket.decision, version.job, version.id)
         manifest = NodeManifest.of(version, self._node, version.partitions)
         # A copy that failed may have failed because the bucket's bytes rotted: sending them again repairs it.
-        again = version.copy(Tier.TIER2).state is CopyState.FAILED
+        again = version.copy(Tier.TIER2).state is CopyState.FAILED or version.copy(Tier.TIER2).damaged
         wanted = decision is None or (decision.verdict is Verdict.COMMITTED and again)
         if wanted and (again or not await self._workers.run(bucket.has_manifest, manifest)):
             self._catalog.set_copy(version, Tier.TIER2, CopyState.COPYING)
@@ -247,7 +246,7 @@ class Replicator:
                     deadline_s=_UPLOAD_DEADLINE_S,
                 )
             finally:
-                os.close(fd)
+                self._tier1.close(fd)
         except VersionError:
             self._verified.check(key, partition, again=True)  # says so, and which block, if it is this copy's fault
             raise

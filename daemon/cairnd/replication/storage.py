@@ -44,6 +44,7 @@ class Storage:
         workers: Workers,
         events: EventLog,
         metrics: Metrics,
+        token_hex: Callable[[int], str] = secrets.token_hex,
     ) -> None:
         self._node = node
         self.default_url = default_url
@@ -52,6 +53,7 @@ class Storage:
         self._workers = workers
         self._events = events
         self._metrics = metrics
+        self._token_hex = token_hex
         self._buckets: dict[str, BucketRepository] = {}
         self._probing: dict[str, asyncio.Lock] = {}
         self._probe_failures: dict[str, CairnError] = {}
@@ -89,7 +91,7 @@ class Storage:
                     store = await self._workers.run(self._open_store, url)
                     bucket = self._buckets[url] = BucketRepository(store, self._node)
                 if not health.probed:
-                    key = layout.Bucket.probe(self._node, secrets.token_hex(8))
+                    key = layout.Bucket.probe(self._node, self._token_hex(8))
                     # Shielded: a caller that is cancelled leaves the thread probing, and the lock must outlive it.
                     probe = asyncio.ensure_future(self._workers.run(_probe, bucket.store, key))
                     capabilities = await asyncio.shield(probe)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
-import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -38,6 +37,9 @@ from cairnd.upkeep.recovery import quarantine
 from cairnd.workers import Workers, to_the_end
 
 _SETTLE_S = 600.0
+
+NO_CLIENT = 0
+"""Holds the leases of the daemon's own work; clients are numbered from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,22 @@ class Fetcher:
                 self.end(lease)
                 raise
 
+    async def remake(self, version: Version) -> None:
+        """Make a damaged tier 1 copy whole again from tier 2; what is damaged is moved to the quarantine folder.
+
+        Raises as :meth:`fetch` does.
+        """
+        meter = Meter(version.partitions)
+        with self._partials.fetching(version):
+            lease = self._leases.take(NO_CLIENT, version.job, version.id)
+            try:
+                await self._partials.wait(_folder(version, ""))
+                for partition in version.partitions:
+                    await self._on_disk(version, partition, meter)
+                await self._adopt(version, "")
+            finally:
+                self.end(lease)
+
     def is_near(self, version: Version, paths: Sequence[str]) -> bool:
         """Whether all of *paths* is here and was verified, so that a fetch of it neither waits nor reads.
 
@@ -224,10 +242,10 @@ class Fetcher:
     async def _near(self, version: Version, partition: Partition, source: str, meter: Meter) -> Fetched:
         if source:
             return await self._from_source(version, partition, source, meter)
+        return await self._from_memory(version, partition, meter) or await self._on_disk(version, partition, meter)
+
+    async def _on_disk(self, version: Version, partition: Partition, meter: Meter) -> Fetched:
         failures: list[str] = []
-        fetched = await self._from_memory(version, partition, meter)
-        if fetched is not None:
-            return fetched
         key = layout.partition(version.job, version.id, partition.path)
         async with self._locks.hold(key):
             if await self._workers.run(self._tier1.exists, key):
@@ -239,7 +257,7 @@ class Fetcher:
                     await self._set_aside(version, key, error)
             elif version.has(Tier.TIER1):
                 failures.append(f"tier 1 copy {key} is missing")
-                self._catalog.set_copy(version, Tier.TIER1, CopyState.FAILED, f"{partition.path} is missing")
+                self._catalog.set_damaged(version, Tier.TIER1, f"{partition.path} is missing")
             url = self._location(version.job)
             if not url or not version.has(Tier.TIER2):
                 raise VersionError(
@@ -247,8 +265,8 @@ class Fetcher:
                     hint=f"choose an older version: `cairn list --job {version.job}`",
                     context={"version": version.id, "partition": partition.path},
                 )
-            temporary = layout.incoming_download(version.job, version.id, secrets.token_hex(8))
-            self._partials.note(version, _folder(version, source))
+            temporary = layout.incoming_download(version.job, version.id, self._tier1.token_hex(8))
+            self._partials.note(version, _folder(version, ""))
             return await self._from_tier2(version, partition, url, key, temporary, meter, failures)
 
     async def _from_source(self, version: Version, partition: Partition, source: str, meter: Meter) -> Fetched:
@@ -260,7 +278,7 @@ class Fetcher:
                     return Fetched(partition.path, Tier.TIER1, partition.size_bytes, key=key, origin=Tier.TIER2)
                 except DamagedError as error:
                     await self._set_aside(version, key, error)
-            temporary = layout.incoming_fetched(secrets.token_hex(8))
+            temporary = layout.incoming_fetched(self._tier1.token_hex(8))
             self._partials.note(version, _folder(version, source))
             return await self._from_tier2(version, partition, source, key, temporary, meter, [])
 
@@ -281,8 +299,7 @@ class Fetcher:
                     segment.readers -= 1
                 if intact:
                     return Fetched(partition.path, Tier.MEMORY, partition.size_bytes, segment, origin=Tier.MEMORY)
-                self._metrics.verify_failures.labels("memory").inc()
-                self._catalog.set_copy(version, Tier.MEMORY, CopyState.FAILED, f"{partition.path} changed in memory")
+                self._catalog.set_damaged(version, Tier.MEMORY, f"{partition.path} changed in memory")
         return None
 
     async def _from_tier2(
@@ -302,8 +319,7 @@ class Fetcher:
                 download = self._workers.run(self._download, bucket, version, partition, key, temporary, meter)
                 await to_the_end(download)  # what ends later than its fetch would escape the clean-up
             except VersionError as error:  # damaged, cut short or missing
-                self._metrics.verify_failures.labels("tier2").inc()
-                self._catalog.set_copy(version, Tier.TIER2, CopyState.FAILED, error.message)
+                self._catalog.set_damaged(version, Tier.TIER2, error.message)
                 raise VersionError(
                     f"no intact copy of {partition.path} of {version}: {'; '.join([*failures, error.message])}",
                     hint=f"choose an older version: `cairn list --job {version.job}`",
@@ -349,7 +365,7 @@ class Fetcher:
     async def _set_aside(self, version: Version, key: str, error: DamagedError) -> None:
         where = await self._workers.run(quarantine, self._tier1, key)
         self._verified.forget(key)
-        self._catalog.set_copy(version, Tier.TIER1, CopyState.FAILED, error.message)
+        self._catalog.set_damaged(version, Tier.TIER1, error.message)
         self._events.publish("copy_quarantined", version.job, version.id, tier=Tier.TIER1, now_at=where)
 
     async def _adopt(self, version: Version, source: str) -> None:

@@ -93,7 +93,7 @@ class Inventory:
         return bool(self._location(job))
 
     async def refresh(self, job: str) -> str:
-        """Bring *job* up to date with its bucket; returns why that was not possible, or an empty string.
+        """Bring *job* up to date with its bucket; returns why not all of it could be read, or an empty string.
 
         A bucket that hangs must not hold up a resume from tier 1: the answer comes after a few seconds in any case,
         and the look goes on in the background. Callers that come meanwhile share it.
@@ -120,7 +120,7 @@ class Inventory:
         self._storage.note_answer(url)
         self._epochs[job] = seen.epochs
         self._merge(job, seen)
-        return ""
+        return "; ".join(claim.problem for claim in seen.epochs if claim.problem)
 
     async def refresh_all(self) -> str:
         """Bring every job up to date, also those that only the daemon's own bucket knows."""
@@ -165,7 +165,7 @@ class Inventory:
             if decision.verdict in (Verdict.COMMITTED, Verdict.DAMAGED):
                 self._merge_committed(job, version_id, version, seen)
             elif decision.verdict is Verdict.DELETED:
-                if version is not None and version.has(Tier.TIER2):
+                if version is not None and version.copy(Tier.TIER2).state in (CopyState.VERIFIED, CopyState.FAILED):
                     self._catalog.set_copy(version, Tier.TIER2, CopyState.EVICTED, reason="deleted in the bucket")
                     if not version.has(Tier.TIER1):
                         self._catalog.forget(version)
@@ -180,7 +180,7 @@ class Inventory:
     def _merge_committed(self, job: str, version_id: VersionId, version: Version | None, seen: BucketView) -> None:
         if version_id in seen.damaged:
             if version is not None:
-                self._catalog.set_copy(version, Tier.TIER2, CopyState.FAILED, seen.damaged[version_id])
+                self._catalog.set_damaged(version, Tier.TIER2, seen.damaged[version_id])
             else:
                 self._events.publish("copy_failed", job, version_id, tier=Tier.TIER2, error=seen.damaged[version_id])
             return
@@ -190,7 +190,8 @@ class Inventory:
         if version is None:
             self._catalog.add(merged(manifests))
         elif version.nonce == manifests[0].nonce:
-            if version.copy(Tier.TIER2).state is not CopyState.FAILED:  # only `verify` or a new upload clears that
+            # Only a look at its bytes or a new upload acquits a copy, and one that is under way has not done so yet.
+            if version.copy(Tier.TIER2).state not in (CopyState.FAILED, CopyState.COPYING):
                 self._catalog.set_copy(version, Tier.TIER2, CopyState.VERIFIED)
             if version.state is VersionState.PREPARED:
                 self._catalog.move(version, VersionState.COMMITTED)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -14,23 +12,17 @@ from cairn_api.v1 import admin_pb2_grpc, types_pb2
 from cairnd.catalog.catalog import Catalog
 from cairnd.catalog.jobs import JobBook
 from cairnd.events import EventLog
-from cairnd.model import CopyState, Tier, Version, VersionState
+from cairnd.model import Version
 from cairnd.replication.persist import Persistence
-from cairnd.replication.replicator import Replicator
-from cairnd.replication.storage import Storage
 from cairnd.restore.inventory import Inventory
 from cairnd.rpc import convert
 from cairnd.rpc.report import Reporter
 from cairnd.rpc.server import translated, translated_stream
 from cairnd.session.clients import Client, Clients
-from cairnd.tiers.filesystem import FileSystem
-from cairnd.tiers.local import LocalTier
 from cairnd.upkeep.drain import Drainer
 from cairnd.upkeep.keeper import Deletion, Keeper
-from cairnd.upkeep.verifier import Finding, check_tier1, check_tier2
-from cairnd.workers import Workers
-
-_PROGRESS_S = 0.5
+from cairnd.upkeep.verification import Verification
+from cairnd.upkeep.verifier import Finding
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
@@ -43,30 +35,22 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         jobs: JobBook,
         inventory: Inventory,
         keeper: Keeper,
-        replicator: Replicator,
         persistence: Persistence,
-        storage: Storage,
         drainer: Drainer,
+        verification: Verification,
         reporter: Reporter,
         events: EventLog,
-        fs: FileSystem,
-        tier1: LocalTier,
-        workers: Workers,
     ) -> None:
         self.clients = clients
         self._catalog = catalog
         self._jobs = jobs
         self._inventory = inventory
         self._keeper = keeper
-        self._replicator = replicator
         self._persistence = persistence
-        self._storage = storage
         self._drainer = drainer
+        self._verification = verification
         self._reporter = reporter
         self._events = events
-        self._fs = fs
-        self._tier1 = tier1
-        self._workers = workers
 
     @translated
     async def List(self, request: pb.ListRequest, client: Client) -> pb.ListReply:
@@ -96,36 +80,14 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         else:
             await self._inventory.refresh(check_job(request.job))
             versions = [v for v in self._catalog.versions(request.job) if v.restorable and _may_see(client, v)]
-        total = sum(v.size_bytes * sum(1 for tier in (Tier.TIER1, Tier.TIER2) if v.has(tier)) for v in versions)
-        done, copies, guard = 0, 0, threading.Lock()
-
-        def progress(size_bytes: int) -> None:
-            nonlocal done
-            with guard:
-                done += size_bytes
-
-        for number, version in enumerate(versions, start=1):
-            for tier in (Tier.TIER1, Tier.TIER2):
-                if version.copy(tier).state not in (CopyState.VERIFIED, CopyState.FAILED):
-                    continue
-                if tier is Tier.TIER1:
-                    findings = check_tier1(self._tier1, self._fs, version, deep=request.deep, progress=progress)
-                else:
-                    bucket = await self._storage.bucket(self._replicator.location(version.job))
-                    findings = check_tier2(bucket, version, deep=request.deep, progress=progress)
-                task: asyncio.Future[list[Finding]] = asyncio.ensure_future(self._workers.run(list, findings))
-                while not (await asyncio.wait({task}, timeout=_PROGRESS_S))[0]:
-                    yield pb.VerifyProgress(done_bytes=done, total_bytes=total)
-                found = task.result()
-                copies += 1
-                self._record(version, tier, found, deep=request.deep)
-                yield pb.VerifyProgress(
-                    done_bytes=done,
-                    total_bytes=total,
-                    findings=[_finding_to(item) for item in found],
-                    versions_checked=number,
-                    copies_checked=copies,
-                )
+        async for step in self._verification.verify(versions, deep=request.deep):
+            yield pb.VerifyProgress(
+                done_bytes=step.done_bytes,
+                total_bytes=step.total_bytes,
+                findings=[_finding_to(item) for item in step.findings],
+                versions_checked=step.versions,
+                copies_checked=step.copies,
+            )
 
     @translated
     async def Pin(self, request: pb.PinRequest, client: Client) -> pb.PinReply:
@@ -206,19 +168,6 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         if not _may_see(client, version):
             raise ConfigurationError(f"{version} belongs to user {version.uid}", hint="run as that user, or as root")
         return version
-
-    def _record(self, version: Version, tier: Tier, found: list[Finding], *, deep: bool) -> None:
-        # A look at sizes cannot acquit a copy whose bytes were found wrong.
-        if (
-            deep
-            and not found
-            and version.copy(tier).state is CopyState.FAILED
-            and version.state is not VersionState.ABORTED
-        ):
-            self._catalog.set_copy(version, tier, CopyState.VERIFIED)
-        for item in found:
-            self._reporter.count_verify_failure(tier)
-            self._catalog.set_copy(version, tier, CopyState.FAILED, f"{item.path}: {item.problem}".removeprefix(": "))
 
 
 def _may_see(client: Client, version: Version) -> bool:

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from cairn_api.errors import CairnError, ConfigurationError
 from cairn_api.v1 import restore_pb2
 from cairn_api.v1 import save_pb2 as pb
 from cairn_api.wire import BRIEF_BYTES
 from cairnd.rpc.restore_service import RestoreService
 from cairnd.rpc.save_service import SaveService
-from cairnd.rpc.status import unforeseen
+from cairnd.rpc.status import unforeseen, unreadable
 from cairnd.session.clients import Client, Clients
 from cairnd.session.launches import Launches
 
@@ -67,6 +69,8 @@ class BriefCalls:
             answer: bytes = reply.SerializeToString()
         except CairnError:
             raise
+        except DecodeError as error:
+            raise unreadable(error) from error
         except Exception as error:
             raise unforeseen(error, name) from error
         return answer if len(answer) <= BRIEF_BYTES else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cairn_api.v1 import admin_pb2 as pb
 from cairn_api.wire import PROTOCOL_VERSION
@@ -38,7 +38,9 @@ class Reporter:
         tier1: LocalTier,
         workers: Workers,
         metrics: Metrics,
+        left_alone: Sequence[str],
     ) -> None:
+        """*left_alone*: what recovery did not touch, each with its next step; it may still grow."""
         self._node = node
         self._clock = clock
         self._catalog = catalog
@@ -52,12 +54,8 @@ class Reporter:
         self._workers = workers
         self._metrics = metrics
         self._started_s = clock.monotonic_s()
-        self.left_alone: list[str] = []
+        self._left_alone = left_alone
         metrics.start_time_s.set(clock.now_s())
-
-    def count_verify_failure(self, tier: Tier) -> None:
-        """A copy was found damaged."""
-        self._metrics.verify_failures.labels(tier).inc()
 
     async def refresh(self) -> tuple[int, int]:
         """Bring the gauges of tier 1 up to date; returns its used and its free bytes."""
@@ -104,7 +102,7 @@ class Reporter:
         )
 
     def _problems(self, may_see: Callable[[Version], bool]) -> list[str]:
-        problems = list(self.left_alone)
+        problems = list(self._left_alone)
         if not self._storage.default_url:
             problems.append("no tier 2 is configured: nothing outlives this node; set persistent_storage_path")
         for url, health in self._storage.health.items():

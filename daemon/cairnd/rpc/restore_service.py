@@ -64,6 +64,7 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
             # What all ranks agreed on and is still being written will be there in a moment: better wait than step back.
             await self._catalog.wait_until(lambda: not self._unsettled(job), _SETTLE_S)
             versions, claim = list(self._catalog.versions(job)), self._inventory.newest_claim(job)
+            claim = claim if claim is not None and not claim.problem else None
             record = self._jobs.get(job)
             if record is not None and record.epoch > (claim.epoch if claim is not None else 0):
                 reply.claimed_epoch = record.epoch

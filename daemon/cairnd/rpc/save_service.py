@@ -24,6 +24,7 @@ from cairnd.sealing import SealingPass
 from cairnd.session.clients import Client, Clients
 from cairnd.session.launches import Launches
 from cairnd.session.memory import CaptureMemory
+from cairnd.session.rules import MAX_REASON_LENGTH, check_claim, check_text, check_texts
 from cairnd.session.saves import Saves
 from cairnd.upkeep.keeper import Keeper
 from cairnd.workers import Workers, to_the_end
@@ -70,6 +71,7 @@ class SaveService(save_pb2_grpc.SaveServicer):
                 f"this daemon (cairnd {__version__}) speaks protocol {PROTOCOL_VERSION}, the client {request.protocol}",
                 hint="install the same version of cairn-checkpoint for the trainer and for the daemon",
             )
+        check_text("persistent_storage_path", request.policy.persistent_storage_path)
         client.rank = request.rank
         epoch, error = await self._launches.join(
             client,
@@ -94,6 +96,7 @@ class SaveService(save_pb2_grpc.SaveServicer):
     @translated
     async def ClaimEpoch(self, request: pb.ClaimEpochRequest, client: Client) -> pb.ClaimEpochReply:
         self._check_job(client, request.job)
+        check_claim(request.epoch, request.nonce, request.world_size)
         resumed_from = convert.id_from(request.resumed_from) if request.HasField("resumed_from") else None
         claim = EpochClaim(request.epoch, request.nonce, request.world_size, resumed_from)
         taken, provisional = await self._launches.claim(
@@ -137,8 +140,6 @@ class SaveService(save_pb2_grpc.SaveServicer):
     async def Create(self, request: pb.CreateRequest, client: Client) -> pb.CreateReply:
         self._check_job(client, request.job)
         self._launches.check_current(client)
-        if "\0" in request.save_dir:
-            raise ConfigurationError("save_dir holds a NUL character", hint="pass a path that the system can open")
         version = self._saves.create(
             client,
             convert.id_from(request.id),
@@ -206,6 +207,7 @@ class SaveService(save_pb2_grpc.SaveServicer):
         version = convert.id_from(header.id)
         records = convert.records_from(header.records)
         records.validate(header.size_bytes)
+        check_texts("globals", header.globals)
         writer = await self._saves.begin_stream(
             client, version, rank=header.rank, name=header.name, size_bytes=header.size_bytes
         )
@@ -252,7 +254,7 @@ class SaveService(save_pb2_grpc.SaveServicer):
         self._check_job(client, request.job)
         version = self._catalog.get(client.job, convert.id_from(request.id))
         if version is not None:
-            self._saves.abort(version, f"rank {request.rank}: {request.reason}")
+            self._saves.abort(version, f"rank {request.rank}: {request.reason[:MAX_REASON_LENGTH]}")
         return pb.AbortReply()
 
     @translated

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cairn_api.errors import CairnError, ConfigurationError
 from cairn_api.v1 import admin_pb2, admin_pb2_grpc, restore_pb2, restore_pb2_grpc, save_pb2, save_pb2_grpc
 from cairn_api.wire import GRPC_SOCKET_NAME, MAX_MESSAGE_BYTES, TOKEN_METADATA
-from cairnd.rpc.status import abort, unforeseen
+from cairnd.rpc.status import abort, unforeseen, unreadable
 from cairnd.session.clients import Client, Clients
 
 _OPEN_TO_ALL = ("/grpc.health.v1.Health/", "/grpc.reflection.")
@@ -39,25 +40,53 @@ class _Guard(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        if handler_call_details.method.startswith(_OPEN_TO_ALL) or handler is None:
+        if handler is None:
             return handler
+        # What stands in for a method must have its shape.
+        shape, behaviour = {
+            (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
+            (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
+            (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
+            (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
+        }[bool(handler.request_streaming), bool(handler.response_streaming)]
+        if handler_call_details.method.startswith(_OPEN_TO_ALL):
+            return shape(behaviour, _read_or_empty(handler.request_deserializer), handler.response_serializer)
         if self._clients.authenticate(_token(handler_call_details.invocation_metadata)) is not None:
-            return handler
+            return shape(behaviour, _read_or_refusal(handler.request_deserializer), handler.response_serializer)
 
         async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             await context.abort(
                 grpc.StatusCode.UNAUTHENTICATED, "no valid token: say hello on the side socket and pass its token"
             )
 
-        # The refusal must have the shape of the method it stands in for.
-        shapes = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }
-        shape = shapes[bool(handler.request_streaming), bool(handler.response_streaming)]
-        return shape(refuse, handler.request_deserializer, handler.response_serializer)
+        return shape(refuse, None, handler.response_serializer)  # a stranger's message is not even read
+
+
+def _read_or_refusal(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """*read*, but for bytes that are no message it gives the error that the method then raises.
+
+    What is raised while gRPC itself reads a message reaches the caller as UNKNOWN, and the log as a traceback.
+    """
+
+    def reading(packed: bytes) -> Any:
+        try:
+            return read(packed) if read is not None else packed
+        except DecodeError as error:
+            return unreadable(error)
+
+    return None if read is None else reading
+
+
+def _read_or_empty(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """*read*, but bytes that are no message are an empty one: health and reflection know none of Cairn's errors."""
+
+    def reading(packed: bytes) -> Any:
+        try:
+            return read(packed)
+        except DecodeError:
+            return read(b"")
+
+    return reading
 
 
 def _token(metadata: Any) -> str:
@@ -80,6 +109,8 @@ def translated(method: Callable[..., Any]) -> Callable[..., Any]:
 
     async def handle(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
+            if isinstance(request, CairnError):
+                raise request
             return await method(self, request, caller(context, self.clients))
         except CairnError as error:
             await abort(context, error)
@@ -96,6 +127,8 @@ def translated_stream(method: Callable[..., Any]) -> Callable[..., Any]:
 
     async def handle(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
+            if isinstance(request, CairnError):
+                raise request
             async for reply in method(self, request, caller(context, self.clients)):
                 yield reply
         except CairnError as error:

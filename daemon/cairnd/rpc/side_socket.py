@@ -38,7 +38,7 @@ from cairnd.restore.fetcher import Fetcher
 from cairnd.restore.memory_copies import MemoryCopies
 from cairnd.rpc.brief import NAMES, BriefCalls
 from cairnd.rpc.server import remove_stale_socket
-from cairnd.rpc.status import public_class, unforeseen
+from cairnd.rpc.status import fields_of, unforeseen
 from cairnd.session.clients import TOKEN_LIFETIME_S, Client, Clients
 from cairnd.session.memory import CaptureMemory
 
@@ -322,14 +322,7 @@ def _close(fds: list[int]) -> None:
 
 
 def _error(error: CairnError) -> dict[str, Any]:
-    return {
-        "error": {
-            "class": public_class(error).__name__,
-            "message": error.message,
-            "hint": error.hint,
-            "context": error.context,
-        }
-    }
+    return {"error": fields_of(error)}
 
 
 def _answer_unread(connection: socket.socket, reply: dict[str, Any]) -> None:

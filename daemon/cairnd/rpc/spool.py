@@ -18,6 +18,7 @@ from cairn_api.errors import ConfigurationError, OverloadedError, UnavailableErr
 from cairn_api.framing import unframed
 from cairn_api.v1 import save_pb2 as pb
 from cairn_api.wire import SLOWEST_STREAM_BYTES_PER_S
+from cairnd.rpc.status import unreadable
 from cairnd.sealing import SealingPass
 from cairnd.tiers.atomic import BulkWriter
 from cairnd.workers import Workers, to_the_end
@@ -59,7 +60,7 @@ def parsed(message: bytes) -> pb.PutRequest:
     try:
         return pb.PutRequest.FromString(message)
     except DecodeError as error:
-        raise ConfigurationError(f"a message of the stream cannot be read: {error}") from error
+        raise unreadable(error) from error
 
 
 async def pieces(messages: AsyncIterator[bytes], size_bytes: int) -> AsyncIterator[memoryview]:

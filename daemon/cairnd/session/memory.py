@@ -16,10 +16,10 @@ import mmap
 import os
 import re
 import secrets
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from cairn_api.errors import ConfigurationError, OverloadedError
 from cairn_api.names import VersionId
@@ -68,16 +68,18 @@ class _Grant:
 
 @dataclass(slots=True)
 class CaptureMemory:
-    """The budget and all segments. Used from the event loop's thread."""
+    """The budget and all segments. Used from the event loop's thread. ``pools`` makes a pool of threads with a name."""
 
     limit_bytes: int
     metrics: Metrics
+    pools: InitVar[Callable[[int, str], Executor]] = ThreadPoolExecutor
     granted_bytes: int = 0
     segments: dict[str, Segment] = field(default_factory=dict)
     _grants: dict[str, _Grant] = field(default_factory=dict)
-    _unmapper: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "cairnd-unmap"))
+    _unmapper: Executor = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, pools: Callable[[int, str], Executor]) -> None:
+        self._unmapper = pools(1, "cairnd-unmap")
         self.metrics.memory_limit_bytes.set(self.limit_bytes)
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from itertools import pairwise
 
 from cairn_api.errors import ConfigurationError
 from cairn_api.names import BY_RANK_FOLDER, VersionId, check_partition
@@ -11,6 +13,47 @@ from cairnd.model import Version
 MAX_PARTITIONS = 100_000
 """Per version and node."""
 MAX_WORLD_SIZE = 1_000_000
+MAX_EPOCH = 999_999_999
+"""What a version's name has digits for. A job whose newest epoch were higher could never be launched again."""
+
+MAX_TEXT_BYTES = 4096
+"""Of a path, a URL, a nonce: they are kept in memory and on disk for as long as the version or the job exists."""
+MAX_TEXTS_BYTES = 1024 * 1024
+"""Of all of a version's attributes, or of all globals of a partition, together."""
+MAX_REASON_LENGTH = 1000
+"""Characters of a reason that somebody gave; the rest is cut off."""
+
+
+def check_claim(epoch: int, nonce: str, world_size: int) -> None:
+    """An epoch that can be claimed: later ones exist, and versions can be named by it."""
+    if not 1 <= epoch < MAX_EPOCH:
+        raise ConfigurationError(f"epoch {epoch} is not from 1 to {MAX_EPOCH - 1}", hint="claim the one after max_epoch")
+    if not 0 < world_size <= MAX_WORLD_SIZE:
+        raise ConfigurationError(f"a world of {world_size} ranks is not valid", hint="pass the launch's world_size")
+    check_text("nonce", nonce)
+
+
+def check_text(what: str, text: str) -> None:
+    """*text* may be kept."""
+    if len(text) > MAX_TEXT_BYTES:
+        raise ConfigurationError(f"{what} has {len(text)} characters", hint=f"pass at most {MAX_TEXT_BYTES}")
+
+
+def check_texts(what: str, texts: Iterable[str]) -> None:
+    """*texts*, which are kept together, may be."""
+    size = sum(map(len, texts))
+    if size > MAX_TEXTS_BYTES:
+        raise ConfigurationError(f"the {what} have {size} characters", hint=f"pass at most {MAX_TEXTS_BYTES} in all")
+
+
+def check_created(save_dir: str, attributes: Mapping[str, str], node_ranks: Sequence[int], world_size: int) -> None:
+    """What a rank says of a version that it opens."""
+    check_text("save_dir", save_dir)
+    if "\0" in save_dir:
+        raise ConfigurationError("save_dir holds a NUL character", hint="pass a path that the system can open")
+    check_texts("attributes", (*attributes, *attributes.values()))
+    if len(node_ranks) > world_size or any(rank >= world_size for rank in node_ranks):
+        raise ConfigurationError(f"node_ranks are not ranks of a world of {world_size}", hint="pass each rank once")
 
 
 def check_launch(
@@ -58,9 +101,12 @@ def check_new(
 
 def check_paths(paths: Sequence[str]) -> None:
     """Refuse paths of which one would have to be a file and a folder at once."""
-    folders = {path[:at] for path in paths for at, character in enumerate(path) if character == "/"}
-    for path in paths:
-        if path in folders:
+    # In this order what lies below a folder comes right after it. Names may have hundreds of parts: a set of all
+    # folders would take gigabytes.
+    ordered = sorted(f"{path}/" for path in paths)
+    for folder, following in pairwise(ordered):
+        if following != folder and following.startswith(folder):
+            path = folder[:-1]
             raise ConfigurationError(
                 f"partition {path!r} cannot lie beside partitions below {path}/", hint="rename one of them"
             )

@@ -23,7 +23,15 @@ from cairnd.model import CopyState, Partition, Tier, Version, VersionState
 from cairnd.records import PieceDigests, RecordTable
 from cairnd.session.clients import Client
 from cairnd.session.memory import CaptureMemory, Segment
-from cairnd.session.rules import check_launch, check_new, check_paths, check_same_launch, clash
+from cairnd.session.rules import (
+    check_created,
+    check_launch,
+    check_new,
+    check_paths,
+    check_same_launch,
+    check_texts,
+    clash,
+)
 from cairnd.tiers.atomic import BulkWriter
 from cairnd.tiers.local import LocalTier
 from cairnd.workers import Workers, to_the_end
@@ -127,6 +135,7 @@ class Saves:
             raise OverloadedError("this daemon is draining", hint="restart cairnd to accept saves again")
         claimed = (client.epoch, client.nonce)
         check_launch(client.job, version_id, rank=rank, world_size=world_size, nonce=nonce, claimed=claimed)
+        check_created(save_dir, attributes, node_ranks, world_size)
         known = self._catalog.get(client.job, version_id)
         if known is not None:
             check_same_launch(known, nonce=nonce, world_size=world_size)
@@ -185,6 +194,7 @@ class Saves:
         if records == segment.records:
             records = segment.records  # which was checked: the rank waits for this
         records.validate(size_bytes)
+        check_texts("globals", globals_)
         digests.validate(size_bytes, records)
         segment.records = records
         self._drop(save, rank, name)
@@ -232,6 +242,8 @@ class Saves:
         if known is not None and known.restorable:
             return
         save = self._require(client, version_id)
+        if not 0 <= rank < save.version.world_size:
+            raise ConfigurationError(f"rank {rank} is outside a world of {save.version.world_size}")
         missing = sorted(set(names) - {name for owner, name in save.received if owner == rank})
         if missing:
             raise SaveFailedError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 
 from cairn_api.errors import CairnError, InternalError, SaveFailedError
@@ -63,8 +63,9 @@ class Tier1Writer:
         threads: int = 2,
         bytes_per_s: int = 0,
         recheck_every: int = 1,
+        pools: Callable[[int, str], Executor] = ThreadPoolExecutor,
     ) -> None:
-        """*threads* of 1 digests and writes by turns. *bytes_per_s* of 0 is no limit.
+        """*threads* of 1 digests and writes by turns. *bytes_per_s* of 0 is no limit. *pools* makes pools of threads.
 
         Of the pieces that clients digested while they copied, one in *recheck_every* is digested again, by turns, and
         at least one of each partition.
@@ -80,7 +81,7 @@ class Tier1Writer:
         self._on_published = on_published
         self._protect = protect
         self._lanes = asyncio.Semaphore(write_lanes(threads))
-        self._digesting = ThreadPoolExecutor(write_lanes(threads), "cairnd-digest") if threads > 1 else None
+        self._digesting = pools(write_lanes(threads), "cairnd-digest") if threads > 1 else None
         self._recheck_every = recheck_every
         self._throttle = Throttle(clock, bytes_per_s)
         self._queue: asyncio.Queue[OpenSave] = asyncio.Queue()

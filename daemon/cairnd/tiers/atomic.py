@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,13 +35,20 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _NOT_SUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def write_file(fs: FileSystem, path: Path, data: bytes, *, mode: int = DATA_MODE) -> None:
-    """Put *data* at *path*, replacing what was there, durably when this returns.
+def write_file(
+    fs: FileSystem,
+    path: Path,
+    data: bytes,
+    *,
+    mode: int = DATA_MODE,
+    token_hex: Callable[[int], str] = secrets.token_hex,
+) -> None:
+    """Put *data* at *path*, replacing what was there, durably when this returns. *token_hex* makes temporary names.
 
     A crash leaves the old file or the new one, and perhaps a file that ends in :data:`TEMPORARY_SUFFIX`. Raises the
     errors of :func:`cairnd.tiers.errors.from_os_error`, with nothing changed.
     """
-    temporary = path.parent / f".{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+    temporary = path.parent / f".{token_hex(8)}{TEMPORARY_SUFFIX}"
     write_temporary(fs, temporary, data, mode=mode)
     with explained("publish", path):
         try:

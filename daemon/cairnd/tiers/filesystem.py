@@ -56,6 +56,9 @@ class FileSystem(Protocol):
     def ftruncate(self, fd: int, size_bytes: int) -> None:
         """Set the file's size."""
 
+    def lock(self, fd: int) -> None:
+        """Take the file for this process, or raise ``BlockingIOError``; the lock ends with the descriptor."""
+
     def fsync(self, fd: int) -> None:
         """Make data and size durable. After a failure the file is lost: never call it again on this descriptor."""
 
@@ -98,6 +101,9 @@ class FileSystem(Protocol):
     def statvfs(self, path: AnyPath) -> os.statvfs_result:
         """Of the file system that holds *path*."""
 
+    def access(self, path: AnyPath, mode: int) -> bool:
+        """Whether this process may use *path* as *mode* says (``os.W_OK``, ...)."""
+
     def chmod(self, target: AnyPath | int, mode: int) -> None:
         """Of a path or an open descriptor."""
 
@@ -131,6 +137,9 @@ class OsFileSystem:
 
     def ftruncate(self, fd: int, size_bytes: int) -> None:
         os.ftruncate(fd, size_bytes)
+
+    def lock(self, fd: int) -> None:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def fsync(self, fd: int) -> None:
         os.fsync(fd)
@@ -181,6 +190,9 @@ class OsFileSystem:
 
     def statvfs(self, path: AnyPath) -> os.statvfs_result:
         return os.statvfs(path)
+
+    def access(self, path: AnyPath, mode: int) -> bool:
+        return os.access(path, mode)
 
     def chmod(self, target: AnyPath | int, mode: int) -> None:
         os.chmod(target, mode)

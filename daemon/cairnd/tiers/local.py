@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+import secrets
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from cairn_api.errors import VersionError
 from cairnd.tiers import atomic
-from cairnd.tiers.errors import explained
+from cairnd.tiers.errors import explained, from_os_error
 from cairnd.tiers.filesystem import FileSystem, FolderEntry, is_file, is_folder, read_exactly
 from cairnd.tiers.keys import check_key
+from cairnd.tiers.uncached import UncachedFile
 
 SMALL_BYTES = 256 * 1024 * 1024
 """The most that :meth:`LocalTier.read_small` reads unless told otherwise: far above any manifest."""
@@ -36,9 +38,11 @@ class LocalTier:
     would leave the root, and for a symbolic link where a file or folder of Cairn's belongs.
     """
 
-    def __init__(self, fs: FileSystem, root: Path) -> None:
+    def __init__(self, fs: FileSystem, root: Path, token_hex: Callable[[int], str] = secrets.token_hex) -> None:
+        """*token_hex* makes a random name of so many bytes."""
         self._fs = fs
         self.root = root
+        self.token_hex = token_hex
         self._durable_folders: set[str] = set()
 
     def begin(self, key: str, temp_key: str, size_bytes: int) -> atomic.BulkWriter:
@@ -69,7 +73,7 @@ class LocalTier:
     def put_small(self, key: str, data: bytes) -> None:
         """Put *data* at *key*, replacing what was there; durable when this returns."""
         self._make_folder_of(key)
-        atomic.write_file(self._fs, self._path(key), data)
+        atomic.write_file(self._fs, self._path(key), data, token_hex=self.token_hex)
 
     def read_small(self, key: str, max_bytes: int = SMALL_BYTES) -> bytes:
         """The bytes of *key*; raises :class:`VersionError` when there are more than *max_bytes*."""
@@ -87,7 +91,7 @@ class LocalTier:
         return bytes(data)
 
     def open_read(self, key: str) -> int:
-        """A descriptor of the file *key*, for reading; the caller closes it."""
+        """A descriptor of the file *key*, for reading; whoever calls closes it, with :meth:`close` for one."""
         path = self._path(key)
         with explained("open", path):
             # O_NONBLOCK: a planted named pipe must not hang the daemon.
@@ -96,6 +100,35 @@ class LocalTier:
                 self._fs.close(fd)
                 raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
             return fd
+
+    def close(self, fd: int) -> None:
+        """Close what :meth:`open_read` or :meth:`lock` opened."""
+        self._fs.close(fd)
+
+    def lock(self, key: str) -> int:
+        """Take the file *key*, made if need be, for this process: a descriptor that holds the lock until it is closed.
+
+        Its folder exists. Raises ``BlockingIOError`` when another process has it.
+        """
+        path = self._path(key)
+        with explained("open", path):
+            fd = self._fs.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            self._fs.lock(fd)
+        except OSError:
+            self._fs.close(fd)
+            raise
+        return fd
+
+    def open_uncached(self, key: str) -> UncachedFile:
+        """The file *key*, to be read around the page cache; the caller closes it."""
+        path = self._path(key)
+        with explained("open", path):
+            file = UncachedFile(self._fs, path, os.O_NOFOLLOW | os.O_NONBLOCK)
+            if not is_file(self._fs.fstat(file.fd)):
+                file.close()
+                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+            return file
 
     def identity(self, key: str) -> FileIdentity:
         """Who the file *key* is now."""
@@ -157,7 +190,13 @@ class LocalTier:
         self._make_folder_of(target)
         source, destination = self._path(key), self._path(target)
         with explained("move", source):
-            self._fs.rename(source, destination)
+            try:
+                self._fs.rename(source, destination)
+            except PermissionError:
+                # An immutable file keeps its name. Whoever may set that flag may clear it.
+                if not self._fs.set_immutable(source, immutable=False):
+                    raise
+                self._fs.rename(source, destination)
             self._fs.fsync_folder(destination.parent)
             self._fs.fsync_folder(source.parent)
         self._forget_folders(key)
@@ -199,17 +238,17 @@ class LocalTier:
 
     def _path(self, key: str) -> Path:
         """Where *key* lies; refuses a key that leaves the root by its text or through a linked folder."""
-        path = self.root
+        path = os.fspath(self.root)  # joined as text: recovery comes here several times for each of 10,000 versions
         *folders, name = check_key(key).split("/")
-        for folder in folders:
-            path = path / folder
-            with explained("enter the folder", path):
-                try:
-                    found = self._fs.lstat(path)
-                except FileNotFoundError:
-                    break  # nothing below it either
-                if not is_folder(found):
+        try:
+            for folder in folders:
+                path = f"{path}/{folder}"
+                if not is_folder(self._fs.lstat(path)):
                     raise OSError(errno.ENOTDIR, "not a folder")
+        except FileNotFoundError:
+            pass  # nothing below it either
+        except OSError as error:
+            raise from_os_error(error, "enter the folder", path) from error
         return self.root.joinpath(*folders, name)
 
     def _make_folder_of(self, key: str, *, sync: bool = True) -> None:

@@ -24,16 +24,12 @@ from cairnd.metrics import Metrics
 from cairnd.model import CopyState, Tier, Version, VersionState
 from cairnd.replication.replicator import Replicator
 from cairnd.replication.storage import Storage
-from cairnd.settings import Settings
+from cairnd.settings import TIER1_RESERVED_BYTES, Settings
 from cairnd.tiers.filesystem import FileSystem
 from cairnd.tiers.local import LocalTier
 from cairnd.upkeep import retention
 from cairnd.upkeep.links import remove_links
 from cairnd.workers import Workers
-
-_RESERVED_BYTES = 64 * 1024 * 1024
-"""Kept free for manifests and records, so that a full disk can still be tidied up."""
-
 
 _SWEEP_INTERVAL_S = 1.0
 _BEING_SAVED = (VersionState.OPEN, VersionState.SEALED)
@@ -211,8 +207,10 @@ class Keeper:
         if max(beyond_disk, beyond_limit) <= 0:
             return
         if beyond_disk >= beyond_limit:
-            free_bytes = size_bytes + _RESERVED_BYTES - beyond_disk
-            reason = f"{free_bytes} bytes are free in {self._tier1.root}, {_RESERVED_BYTES} must stay free for records"
+            free_bytes = size_bytes + TIER1_RESERVED_BYTES - beyond_disk
+            reason = (
+                f"{free_bytes} bytes are free in {self._tier1.root}, {TIER1_RESERVED_BYTES} must stay free for records"
+            )
             step = "free space there or put tier1_path on a larger disk"
         else:
             limit_bytes = self._settings.tier1_limit_bytes
@@ -279,7 +277,7 @@ class Keeper:
         return max(self._beyond_disk_bytes(size_bytes), self._beyond_limit_bytes(size_bytes))
 
     def _beyond_disk_bytes(self, size_bytes: int) -> int:
-        return size_bytes + _RESERVED_BYTES - self._tier1.free_bytes()
+        return size_bytes + TIER1_RESERVED_BYTES - self._tier1.free_bytes()
 
     def _beyond_limit_bytes(self, size_bytes: int) -> int:
         limit_bytes = self._settings.tier1_limit_bytes

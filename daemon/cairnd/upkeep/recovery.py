@@ -6,18 +6,18 @@ promised and is removed. What has a damaged one is moved aside for the operator,
 
 from __future__ import annotations
 
-import fcntl
 import os
-import secrets
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cairn_api.errors import CairnError, ConfigurationError, VersionError
-from cairn_api.names import VersionId, check_job, check_node, parse_version
+from cairn_api.names import RESERVED_NAME, VersionId, check_job, check_node, parse_version
 from cairnd import layout
 from cairnd.manifest import NOTE_FORMAT, NodeManifest, decode, encode
 from cairnd.model import Copy, CopyState, Tier, Version, VersionState
 from cairnd.tiers.errors import NotFoundError
+from cairnd.tiers.filesystem import FileSystem
 from cairnd.tiers.local import LocalTier
 
 
@@ -33,17 +33,13 @@ class Recovered:
 
 def lock(tier: LocalTier) -> int:
     """Take the tree for this process; returns the descriptor that holds the lock (it dies with the process)."""
-    path = tier.root / layout.LOCK_KEY
-    path.parent.mkdir(mode=0o755, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    tier.open_to_all(RESERVED_NAME)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
+        return tier.lock(layout.LOCK_KEY)
+    except BlockingIOError as error:
         raise ConfigurationError(
             f"another cairnd owns {tier.root}", hint="stop it, or give this daemon another tier1_path"
         ) from error
-    return fd
 
 
 def identify(tier: LocalTier) -> str:
@@ -51,7 +47,7 @@ def identify(tier: LocalTier) -> str:
     try:
         document = decode(tier.read_small(layout.LAYOUT_KEY), NOTE_FORMAT, layout.LAYOUT_KEY)
     except NotFoundError:
-        node = secrets.token_hex(16)
+        node = tier.token_hex(16)
         tier.put_small(
             layout.LAYOUT_KEY, encode({"format": NOTE_FORMAT, "layout": layout.LAYOUT_VERSION, "node": node})
         )
@@ -97,7 +93,7 @@ def recover(tier: LocalTier) -> Recovered:
 
 def quarantine(tier: LocalTier, key: str) -> str:
     """Move what lies at *key* below the quarantine folder; returns where it is now."""
-    target = f"{layout.QUARANTINE}/{secrets.token_hex(4)}/{key}"
+    target = f"{layout.QUARANTINE}/{tier.token_hex(4)}/{key}"
     tier.move(key, target)
     return target
 
@@ -164,22 +160,14 @@ def _valid_version(name: str) -> VersionId | None:
         return None
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def open_tree(path: str) -> Path:
+def open_tree(fs: FileSystem, path: str) -> Path:
     """The root of tier 1, made if its parent exists. Raises :class:`ConfigurationError` when it cannot be used."""
     root = Path(path)
     try:
-        if not root.exists():
-            root.mkdir(mode=0o755)
-            _sync_folder(root.parent)
-        if not os.access(root, os.W_OK | os.X_OK):
+        with suppress(FileExistsError):
+            fs.mkdir(root, 0o755)
+            fs.fsync_folder(f"{root.parent}/.")  # the parent may be reached through a link
+        if not fs.access(root, os.W_OK | os.X_OK):
             raise PermissionError(f"user {os.geteuid()} may not write there")
     except OSError as error:
         raise ConfigurationError(

@@ -36,6 +36,11 @@ class Finding:
     path: str
     problem: str
 
+    @property
+    def text(self) -> str:
+        """The problem with the path in front, if there is one."""
+        return f"{self.path}: {self.problem}".removeprefix(": ")
+
 
 def check_tier1(
     tier1: LocalTier, fs: FileSystem, version: Version, *, deep: bool, progress: Callable[[int], None]
@@ -113,14 +118,29 @@ def _reader(fs: FileSystem, fd: int) -> ReadBlock:
 def _compare(partition: Partition, read: ReadBlock, progress: Callable[[int], None]) -> str:
     """What is wrong with the bytes that *read* delivers; empty if nothing. Lets Cairn's errors pass."""
     assert partition.digest is not None, "manifests state digests"
-    view = memoryview(mmap.mmap(-1, BLOCK_BYTES))  # not closed here: an error on its way up may hold a view of it
-    for number, offset in enumerate(range(0, partition.size_bytes, BLOCK_BYTES)):
-        block = view[: min(BLOCK_BYTES, partition.size_bytes - offset)]
-        try:
-            read(offset, block)
-        except OSError as error:
-            return f"block {number} cannot be read: {error.strerror or error}"
-        if checksums.crc64nvme(block) != partition.digest.blocks[number]:
-            return f"block {number} does not match its digest"
-        progress(len(block))
+    view = block_buffer()
+    for number in range(len(partition.digest.blocks)):
+        problem = compare_block(partition, number, read, view)
+        if problem:
+            return problem
+        progress(min(BLOCK_BYTES, partition.size_bytes - number * BLOCK_BYTES))
+    return ""
+
+
+def block_buffer() -> memoryview:
+    """Page-aligned memory for one block. Nobody closes it: an error on its way up may hold a view of it."""
+    return memoryview(mmap.mmap(-1, BLOCK_BYTES))
+
+
+def compare_block(partition: Partition, number: int, read: ReadBlock, buffer: memoryview) -> str:
+    """What is wrong with block *number* as *read* delivers it into *buffer*; empty if nothing."""
+    assert partition.digest is not None, "manifests state digests"
+    offset = number * BLOCK_BYTES
+    block = buffer[: min(BLOCK_BYTES, partition.size_bytes - offset)]
+    try:
+        read(offset, block)
+    except OSError as error:
+        return f"block {number} cannot be read: {error.strerror or error}"
+    if checksums.crc64nvme(block) != partition.digest.blocks[number]:
+        return f"block {number} does not match its digest"
     return ""

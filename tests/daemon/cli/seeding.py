@@ -92,7 +92,7 @@ def three_versions() -> list[Seed]:
 
 def seed_tier1(root: Path, seeds: Sequence[Seed], pins: Sequence[Seed] = ()) -> Path:
     """A tier 1 folder as a stopped daemon leaves it."""
-    recovery.open_tree(str(root))
+    recovery.open_tree(OsFileSystem(), str(root))
     tier1 = LocalTier(OsFileSystem(), root)
     node = recovery.identify(tier1)
     for seed in seeds:

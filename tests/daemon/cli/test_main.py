@@ -23,13 +23,14 @@ from cairn_api.errors import (
     UnavailableError,
     VersionError,
 )
-from cairnd.cli.main import EXIT_STATUS, VERBS
+from cairnd.cli.exits import EXIT_STATUS
+from cairnd.cli.main import VERBS
 from cairnd.cli.verbs import list as list_
 from tests.daemon.cli import schemas
 from tests.daemon.cli.running import Cairn, assert_fits
 from tests.daemon.cli.seeding import Seed, seed_tier1
 
-VERB_NAMES = ["list", "show", "verify", "pin", "unpin", "prune", "persist", "export", "status", "drain", "watch"]
+VERB_NAMES = ["list", "show", "verify", "pin", "unpin", "prune", "persist", "export", "status", "doctor", "drain", "watch"]
 
 
 def run(

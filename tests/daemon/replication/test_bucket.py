@@ -194,6 +194,8 @@ def test_foreign_objects_are_passed_over(bucket: BucketRepository, store: FileSt
     [
         {}, {"verdict": "maybe"}, {"verdict": "committed"}, {"verdict": "committed", "manifests": {}, "nonce": "n"},
         {"verdict": "committed", "manifests": {"a": "b"}}, {"verdict": None}, {"verdict": "damaged", "problem": "x"},
+        {"verdict": "deleted", "version": "e00009-s000001-another"}, {"verdict": "aborted"},
+        {"verdict": "deleted", "version": str(VERSION), "job": "another"},
     ],
     ids=str,
 )  # fmt: skip
@@ -211,12 +213,23 @@ def test_a_decision_that_decides_nothing_is_damage_and_not_absence(
 
 
 @pytest.mark.parametrize(
-    "document", [{}, {"resumed_from": "x", "epoch": 1}, {"resumed_from": "", "epoch": "one"}], ids=str
-)
+    "document",
+    [
+        {}, {"resumed_from": "x", "epoch": 1}, {"resumed_from": "", "epoch": "one"},
+        {"resumed_from": "", "job": JOB, "epoch": 2, "nonce": "n", "world_size": 1},
+        {"resumed_from": "", "job": "another", "epoch": 1, "nonce": "n", "world_size": 1},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_damaged_claim_is_told(bucket: BucketRepository, store: FileStore, document: dict[str, Any]) -> None:
     store.put(Keys.epoch(JOB, 1), encode({"format": EPOCH_FORMAT, **document}))
+    bucket.claim_epoch(JOB, EpochClaim(2, "n", 2, None))
+    sound, damaged = bucket.epochs(JOB)
+    assert (sound.epoch, sound.problem) == (2, "")
+    assert damaged.epoch == 1
+    assert "damaged" in damaged.problem
     with pytest.raises(VersionError, match="damaged"):
-        bucket.epochs(JOB)
+        bucket.epoch_nonce(JOB, 1)
 
 
 def test_unchanged_records_are_not_read_again(store: FileStore) -> None:

@@ -25,9 +25,10 @@ from cairn_api.wire import PAGE_BYTES
 from cairnd.digests import digest_of
 from cairnd.tiers import atomic
 from cairnd.tiers.errors import NotFoundError, UploadCancelledError, explained
-from cairnd.tiers.filesystem import FileSystem, is_file, is_folder, read_direct, read_exactly
+from cairnd.tiers.filesystem import FileSystem, is_file, is_folder, read_exactly
 from cairnd.tiers.keys import check_key, check_prefix
 from cairnd.tiers.object_store import BinarySource, Capabilities, ObjectInfo
+from cairnd.tiers.uncached import UncachedFile
 
 _TEMPORARY_PREFIX = ".upload-"
 _COPY_BYTES = 8 * 1024 * 1024
@@ -37,7 +38,6 @@ _KEEPS_FOLDER = (
     errno.EROFS, errno.EACCES, errno.EPERM,  # an empty folder more does no harm
 )  # fmt: skip
 _FOLDER_ATTEMPTS = 5
-_NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 _Made = TypeVar("_Made")
 _Read = Callable[[memoryview, int, int], None]
 
@@ -166,17 +166,27 @@ class FileStore:
             self._sync_nearest(path.parent)
             self._remove_empty(path.parent)
 
+    def unfinished_uploads(self, older_than_s: float) -> Sequence[str]:
+        """What :meth:`abort_stale_uploads` would remove: names of temporary files, below the root."""
+        return list(self._stale_uploads("", older_than_s))
+
     def abort_stale_uploads(self, prefix: str, older_than_s: float) -> int:
-        before_s = time.time() - older_than_s
         count = 0
-        for key, name in tuple(self._walk(check_prefix(prefix))):
+        for key in tuple(self._stale_uploads(check_prefix(prefix), older_than_s)):
             path = self._root / key
             with explained("delete", path), suppress(FileNotFoundError):
-                if not self._is_object(name) and self._fs.lstat(path).st_mtime <= before_s:
-                    self._fs.unlink(path)
-                    self._remove_empty(path.parent)
-                    count += 1
+                self._fs.unlink(path)
+                self._remove_empty(path.parent)
+                count += 1
         return count
+
+    def _stale_uploads(self, prefix: str, older_than_s: float) -> Iterator[str]:
+        before_s = time.time() - older_than_s
+        for key, name in self._walk(prefix):
+            path = self._root / key
+            with explained("look at", path), suppress(FileNotFoundError):
+                if not self._is_object(name) and self._fs.lstat(path).st_mtime <= before_s:
+                    yield key
 
     @staticmethod
     def _is_object(name: str) -> bool:
@@ -240,37 +250,21 @@ class FileStore:
         path = source.file if isinstance(source.file, Path) else Path(f"/proc/self/fd/{source.file}")
         name = os.fspath(source.file) if isinstance(source.file, Path) else f"descriptor {source.file}"
         with explained("read", name):
-            try:
-                fd, direct = self._fs.open(path, os.O_RDONLY | os.O_DIRECT), True
-            except OSError as error:
-                if error.errno not in _NO_DIRECT:
-                    raise
-                fd, direct = self._fs.open(path, os.O_RDONLY), False
+            file = UncachedFile(self._fs, path)
 
         def read(buffer: memoryview, offset: int, size_bytes: int) -> None:
-            nonlocal fd, direct
             try:
-                if direct:
-                    try:
-                        read_direct(self._fs, fd, buffer, offset, size_bytes)
-                        return
-                    except OSError as error:
-                        if error.errno not in _NO_DIRECT:
-                            raise
-                    # Some file systems, of FUSE and of NFS, accept the flag and refuse to read with it.
-                    refusing, fd, direct = fd, self._fs.open(path, os.O_RDONLY), False
-                    self._fs.close(refusing)
-                read_exactly(self._fs, fd, buffer[:size_bytes], offset)
+                file.read(buffer, offset, size_bytes)
             except OSError as error:
                 raise VersionError(f"{name} cannot be read: {error}", hint="look at its disk") from error
 
         try:
-            size_bytes = self._fs.fstat(fd).st_size
+            size_bytes = self._fs.fstat(file.fd).st_size
             if size_bytes != source.size_bytes:
                 raise VersionError(f"{name} has {size_bytes} bytes instead of {source.size_bytes}")
             yield read
         finally:
-            self._fs.close(fd)
+            file.close()
 
     @contextmanager
     def _reading(self, key: str) -> Iterator[int]:

@@ -227,7 +227,17 @@ class S3Store:
         except _ExpectedError:
             return
 
+    def unfinished_uploads(self, older_than_s: float) -> Sequence[str]:
+        """What :meth:`abort_stale_uploads` would remove: keys of the bucket."""
+        return [upload["Key"] for upload in self._stale_uploads("", older_than_s)]
+
     def abort_stale_uploads(self, prefix: str, older_than_s: float) -> int:
+        stale = self._stale_uploads(prefix, older_than_s)
+        for upload in stale:
+            self._abort_stale(upload)
+        return len(stale)
+
+    def _stale_uploads(self, prefix: str, older_than_s: float) -> Sequence[Mapping[str, str]]:
         full = self._prefix + check_prefix(prefix)
         markers: dict[str, str] = {}
         stale = []
@@ -245,11 +255,8 @@ class S3Store:
                 if upload["Key"].startswith(full) and (now - upload["Initiated"]).total_seconds() >= older_than_s
             ]
             if not page.get("IsTruncated"):
-                break
+                return stale
             markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-        for upload in stale:
-            self._abort_stale(upload)
-        return len(stale)
 
     def _abort_stale(self, upload: Mapping[str, str]) -> None:
         try:

@@ -1,0 +1,184 @@
+"""What was found damaged stays known, is not counted as kept, and is made again; copies are read in the background."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cairn_api.names import VersionId
+from cairnd import layout
+from cairnd.model import CopyState, Tier
+from tests.daemon.conftest import MakeLab
+from tests.daemon.lab import JOB, Lab, Rank, eventually, gone
+from tests.daemon.replication.test_replicator import flip
+
+PARTS = {"model.pt": b"weights" * 1000, "zero/optim.pt": b"moments" * 3000}
+SCRUBS = {"scrub_bytes_per_s": 1 << 20, "scrub_tier2_bytes_per_s": 1 << 20, "scrub_interval_s": 100.0}
+STILL = {"scrub_bytes_per_s": 0}
+
+
+async def saved(lab: Lab, *, persist: bool = True) -> VersionId:
+    (rank,) = await Rank.launch(lab)
+    version = await rank.save(PARTS, persist=persist)
+    if persist:
+        await lab.reaches(version, Tier.TIER2)
+    rank.leave()
+    await lab.settle()
+    return version
+
+
+def record(lab: Lab, version: VersionId) -> dict[str, str]:
+    path = lab.tier1 / layout.health(JOB, version)
+    return json.loads(path.read_text())["damaged"] if path.exists() else {}
+
+
+def damaged(lab: Lab, version: VersionId, tier: Tier) -> bool:
+    found = lab.app.catalog.get(JOB, version)
+    return found is not None and found.copy(tier).damaged
+
+
+async def test_damage_is_known_after_a_restart_and_forgotten_when_the_copy_was_made_again(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, **STILL)
+    version = await saved(lab, persist=False)
+    flip(lab.file(version, "model.pt"))
+    lab.app.catalog.set_damaged(lab.version(version), Tier.TIER1, "model.pt: block 0")
+    await lab.app.health.settle()
+    assert record(lab, version) == {"tier1": "model.pt: block 0"}
+    await lab.restart()
+    assert lab.version(version).copy(Tier.TIER1).damaged
+    assert lab.app.keeper.floor(JOB) is None
+    lab.app.catalog.set_copy(lab.version(version), Tier.TIER1, CopyState.VERIFIED)
+    await lab.app.health.settle()
+    assert record(lab, version) == {}
+    await lab.restart()
+    assert lab.version(version).has(Tier.TIER1)
+
+
+async def test_retention_does_not_count_damaged_copies_also_after_a_restart(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, num_of_version_in_retention=1, **STILL)
+    (rank,) = await Rank.launch(lab)
+    older = await rank.save(PARTS)
+    lab.app.catalog.require(JOB, older).pinned = True
+    newer = await rank.save(PARTS)
+    await lab.app.keeper.apply(JOB)
+    lab.app.catalog.require(JOB, older).pinned = False
+    lab.app.catalog.set_damaged(lab.version(newer), Tier.TIER1, "model.pt: block 0")
+    await lab.app.health.settle()
+    assert lab.app.keeper.plan(JOB) == []
+    await lab.restart()
+    assert lab.app.keeper.plan(JOB) == []
+    assert lab.app.keeper.floor(JOB) == older
+    assert not await lab.app.keeper.apply(JOB)
+    assert lab.version(older).has(Tier.TIER1)
+
+
+async def test_a_damaged_copy_in_tier2_is_known_after_a_restart_and_uploaded_again(make_lab: MakeLab) -> None:
+    lab = await make_lab(**STILL)
+    version = await saved(lab)
+    flip(lab.object(version, "model.pt"))
+    await lab.restart(run=False)  # nobody uploads yet
+    await lab.app.inventory.refresh_all()
+    lab.app.catalog.set_damaged(lab.version(version), Tier.TIER2, "model.pt: block 0")
+    await lab.app.health.settle()
+    await lab.restart(run=False)
+    assert damaged(lab, version, Tier.TIER2)
+    await lab.app.inventory.refresh_all()
+    assert damaged(lab, version, Tier.TIER2), "the bucket's listing acquitted it"
+    lab.go()
+    await lab.reaches(version, Tier.TIER2)
+    assert lab.object(version, "model.pt").read_bytes() == PARTS["model.pt"]
+    await eventually(lambda: record(lab, version) == {})
+
+
+async def test_a_damaged_tier1_copy_is_made_again_from_tier2(make_lab: MakeLab) -> None:
+    lab = await make_lab(**STILL)
+    version = await saved(lab)
+    await lab.restart()
+    await lab.reaches(version, Tier.TIER2)
+    flip(lab.file(version, "model.pt"))
+    lab.app.catalog.set_damaged(lab.version(version), Tier.TIER1, "model.pt: block 0")
+    await lab.reaches(version, Tier.TIER1)
+    assert lab.file(version, "model.pt").read_bytes() == PARTS["model.pt"]
+    assert [path.name for path in lab.tier1.glob(".cairn/quarantine/**/*.pt")] == ["model.pt"]
+    await eventually(lambda: lab.events("copy_repaired"))
+    await eventually(lambda: record(lab, version) == {})
+    await lab.restart()
+    assert lab.version(version).has(Tier.TIER1)
+
+
+async def test_a_copy_whose_manifest_was_damaged_is_made_again_from_tier2(make_lab: MakeLab) -> None:
+    lab = await make_lab(**STILL)
+    version = await saved(lab)
+    await lab.close()
+    manifest = lab.tier1 / layout.manifest(JOB, version)
+    flip(manifest)
+    lab.app = lab._new_app()
+    await lab.start()
+    await lab.reaches(version, Tier.TIER1)
+    assert manifest.exists()
+    assert lab.file(version, "model.pt").read_bytes() == PARTS["model.pt"]
+
+
+async def test_a_failed_repair_is_reported_and_tried_again(make_lab: MakeLab) -> None:
+    lab = await make_lab(**STILL)
+    version = await saved(lab)
+    await lab.restart()
+    await lab.reaches(version, Tier.TIER2)
+    away = lab.bucket_path.with_name("away")
+    lab.bucket_path.rename(away)
+    lab.file(version, "model.pt").unlink()
+    lab.app.catalog.set_damaged(lab.version(version), Tier.TIER1, "model.pt is missing")
+    await eventually(lambda: lab.events("repair_failed"))
+    away.rename(lab.bucket_path)
+    lab.app.catalog.set_copy(lab.version(version), Tier.TIER2, CopyState.VERIFIED)
+    await lab.passes(lambda: lab.version(version).has(Tier.TIER1), step_s=30.0)
+
+
+@pytest.mark.parametrize("tier", [Tier.TIER1, Tier.TIER2])
+async def test_the_scrubber_finds_what_rotted_and_it_is_made_again(make_lab: MakeLab, tier: Tier) -> None:
+    lab = await make_lab(**SCRUBS)
+    version = await saved(lab)
+    await lab.restart()
+    await lab.reaches(version, Tier.TIER2)
+    scrubbed = {"tier": str(tier)}
+    await lab.passes(lambda: any(event.fields == scrubbed for event in lab.events("copy_scrubbed")))
+    path = lab.file(version, "zero/optim.pt") if tier is Tier.TIER1 else lab.object(version, "zero/optim.pt")
+    flip(path)
+    await lab.passes(lambda: any(event.fields["tier"] == tier for event in lab.events("copy_failed")), step_s=10.0)
+    await lab.passes(lambda: lab.version(version).has(tier))
+    assert path.read_bytes() == PARTS["zero/optim.pt"]
+    assert lab.app.metrics.verify_failures.labels(tier)._value.get() == 1
+
+
+async def test_the_scrubber_keeps_to_its_budget(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, scrub_bytes_per_s=1000, scrub_interval_s=10_000.0)
+    version = await saved(lab, persist=False)
+    await lab.restart()
+    passed_s = await lab.passes(lambda: lab.events("copy_scrubbed"), step_s=0.5)
+    first_bytes = len(PARTS["model.pt"])  # the last one is waited for by whoever comes next
+    assert first_bytes / 1000 - 1 <= passed_s
+    assert lab.version(version).has(Tier.TIER1)
+
+
+async def test_what_is_deleted_while_it_is_scrubbed_is_no_damage(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, num_of_version_in_retention=1, scrub_bytes_per_s=1000)
+    (rank,) = await Rank.launch(lab)
+    older = await rank.save(PARTS)
+    lab.clock.advance(40.0)  # the scrubber looks, and waits for its budget after the first block
+    await lab.settle()
+    await rank.save(PARTS)
+    await eventually(lambda: gone(lab, older))
+    await lab.passes(lambda: lab.events("copy_scrubbed"))
+    assert not lab.events("copy_failed")
+
+
+async def test_a_damaged_record_is_left_for_the_operator(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, **STILL)
+    version = await saved(lab, persist=False)
+    lab.app.catalog.set_damaged(lab.version(version), Tier.TIER1, "model.pt: block 0")
+    await lab.app.health.settle()
+    flip(lab.tier1 / layout.health(JOB, version))
+    await lab.restart()
+    assert any("health" in line for line in lab.app.left_alone)
+    assert lab.version(version).has(Tier.TIER1)
