@@ -3,8 +3,8 @@
 An *inventory* is what one rank's daemon answered to ``Resolve``: ``claimed_epoch``, ``resumed_from`` (a version name
 or None), ``tier2_error``, ``unhealthy`` (version names) and ``versions``, each with ``version``, ``nonce``, ``state``,
 ``world_size``, ``ranks``, ``save_dir``, ``file_marks``, ``held`` (whether some tier has a verified copy) and
-``partitions`` (lists of path, name, rank, size). The newest version that *every* rank can read is chosen; no rank
-falls back alone.
+``partitions`` (lists of path, name, rank, size) and ``passed_over`` (why it should not be taken, or empty). The newest
+version that *every* rank can read is chosen; no rank falls back alone.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class Candidate:
     parts: dict[str, Part] = field(default_factory=dict)
     held: dict[int, set[str]] = field(default_factory=dict)
     """Paths that the daemon of each (present) rank can read."""
+    passed_over: str = ""
+    """Why automatic resume should not take it, if it is not the last resort."""
 
     @property
     def key(self) -> Key:
@@ -104,7 +106,8 @@ def choose(
 
     With *tag* only versions of that tag count, with *exactly* only that one, with *save_dir* only those saved from
     there. Without either, versions of earlier epochs that are newer than the one the newest launch resumed from are
-    left aside: that launch has written the job's history anew from there. *bad* were found damaged just now.
+    left aside: that launch has written the job's history anew from there; and those that are marked are taken only if
+    no other can be loaded. *bad* were found damaged just now.
 
     Raises :class:`VersionError` when versions are known but none can be read by all ranks, or the tag is not there,
     and :class:`UnavailableError` when nothing is known and a bucket could not be asked: "nothing" must be certain.
@@ -112,12 +115,14 @@ def choose(
     known = [item for item in merge(inventories) if save_dir is None or item.save_dir == save_dir]
     asked = [item for item in known if tag in (None, item.version.tag) and exactly in (None, item.version)]
     asked.sort(key=lambda item: item.key, reverse=True)
-    superseded = _superseded(inventories) if tag is None and exactly is None else None
+    automatic = tag is None and exactly is None
+    superseded = _superseded(inventories) if automatic else None
     reasons: list[str] = []
-    for item in asked:
+    for item in sorted(asked, key=lambda item: automatic and bool(item.passed_over)):
         reason = _obstacle(item, len(inventories), reads, bad, superseded)
         if reason is None:
-            return Choice(item, tuple(reasons))
+            marked = [other for other in asked if automatic and other.passed_over and other.key > item.key]
+            return Choice(item, (*(f"{other.version}: {other.passed_over}" for other in marked), *reasons))
         reasons.append(f"{item.version}: {reason}")
     unhealthy = {name for inventory in inventories for name in inventory["unhealthy"]}
     reasons += [
@@ -142,6 +147,7 @@ def merge(inventories: Sequence[Inventory]) -> list[Candidate]:
             )
             item.states.add(entry["state"])
             item.ranks.update(entry["ranks"])
+            item.passed_over = item.passed_over or entry["passed_over"]
             parts = [Part(*fields) for fields in entry["partitions"]]
             item.parts.update((part.path, part) for part in parts)
             if entry["held"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -302,7 +303,7 @@ class Client:
         """
         if self._closed:
             return
-        self._leave()
+        self._leave(ended_well=True)
         self._raise_background(tier2_too=True)
 
     def __enter__(self) -> Self:
@@ -314,15 +315,16 @@ class Client:
         if error is None:
             self.close()
         else:
-            self._leave()
+            self._leave(ended_well=False)
 
-    def _leave(self) -> None:
+    def _leave(self, *, ended_well: bool) -> None:
         self._closed = True
         _CLIENTS.discard(self)
-        self._session.close()
+        self._session.close(ended_well=ended_well)
 
     def _leave_at_exit(self) -> None:
-        self._leave()
+        # Set when the interpreter has printed a traceback: the only sign here of how the program ended.
+        self._leave(ended_well=getattr(sys, "last_value", None) is None)
         self._session.log_failures()
 
     def _check_open(self) -> None:

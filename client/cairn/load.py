@@ -326,6 +326,8 @@ class Loader:
                     session.counters.loads += 1
                     if not source:
                         session.resumed_from = candidate.version
+                    if version is None and not source:
+                        session.note_resume(candidate)
                     return restored
                 restored.close()
             if problem is not None and any(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 
 from cairn.agreement import check_same, error_to_json, first_error
 from cairn.background import Background, RanksInTurn
+from cairn.choice import Candidate
 from cairn.counters import Counters
 from cairn.launch import Launch, repeat_claim
 from cairn.overlap import Overlap
@@ -45,6 +47,8 @@ class Session:
         self.ledger = Ledger()
         self.launch: Launch | None = None
         self.resumed_from: VersionId | None = None
+        self._resume: tuple[VersionId, str] | None = None
+        """What this launch went on from, as its node's daemon was told; None once it has saved something."""
         self.max_epoch = joined.max_epoch
         self.rank_nodes: tuple[str, ...] = (joined.node,)
         self._client_version = client_version
@@ -110,12 +114,37 @@ class Session:
             self._failures = [failure for failure in self._failures if not about_tier2(failure)]
             self._logged = [failure for failure in self._logged if not about_tier2(failure)]
 
-    def close(self) -> None:
+    def note_resume(self, candidate: Candidate) -> None:
+        """This launch goes on from *candidate*, chosen automatically: should it die before it saves, that counts."""
+        if candidate.passed_over:
+            log.warning("loading %s as the last resort, although %s", candidate.version, candidate.passed_over)
+        if self.rank_nodes.index(self.rank_nodes[self.ranks.rank]) != self.ranks.rank:
+            return  # the first rank of each node speaks for all
+        self._resume = (candidate.version, uuid.uuid4().hex)
+        try:
+            died = self.restoring.note_resume(*self._resume)
+        except CairnError as error:  # the training itself can go on
+            log.warning("the daemon could not take note of what this launch resumes from: %s", error)
+            return
+        if died:
+            log.warning(
+                "%d launches in a row went on from %s and died before they saved anything; after some "
+                "(pass_over_after_resumes) an older version is taken",
+                died,
+                candidate.version,
+            )
+
+    def close(self, *, ended_well: bool) -> None:
         """Leave the daemon, after what is left of the last save is done.
 
         What is sealed is finished without this process; what is not is aborted by the daemon.
         """
         self.background.settle()
+        if self._resume is not None and ended_well:
+            try:
+                self.restoring.note_good_end()
+            except CairnError as error:
+                log.info("the daemon was not told that this launch ended well: %s", error)
         self.background.close()
         self.overlap.close()
         self.restoring.close()
@@ -141,6 +170,8 @@ class Session:
 
     def _replied(self, reply: Alive) -> None:
         self.note_failures(reply.failures)
+        if reply.settled:
+            self._resume = None
         for version in reply.settled:
             self.ledger.drop(version)  # its buffers stay the memory tier's copy until Reserve gives them back
 
@@ -154,6 +185,8 @@ class Session:
             self.joined = _join(calls, self.settings, self.ranks, self._client_version)
             if self.launch is not None:
                 repeat_claim(calls, self.ranks, self.launch)
+            if self._resume is not None:
+                RestoreCalls(Caller(Fixed(connection), self.settings.job, patience_s=0)).note_resume(*self._resume)
             self.note_failures(tell_again(calls, self.ledger, self.pool))
         except BaseException:
             connection.close()

@@ -50,8 +50,9 @@ class App(Core):
             self.saves, self.catalog, self.memory, self.keeper, self.replicator, self.persistence, self._disk,
         )  # fmt: skip
         restore_service = RestoreService(
-            self.clients, self.catalog, self.jobs, self.leases, self.inventory, self.fetcher, self._fs, self._workers
-        )
+            self.clients, self.catalog, self.jobs, self.leases, self.health, self.inventory, self.fetcher, self._fs,
+            self._workers,
+        )  # fmt: skip
         self.side_socket = SideSocket(
             self.runtime_dir, self.node, self.boot, self.clients, self.memory, self.leases, self.fetcher,
             self.memory_copies, BriefCalls(self.clients, self.launches, save_service, restore_service),
@@ -63,7 +64,7 @@ class App(Core):
             save_service,
             restore_service,
             AdminService(
-                self.clients, self.catalog, self.jobs, self.inventory, self.keeper, self.persistence, self.drainer,
+                self.clients, self.catalog, self.jobs, self.inventory, self.keeper, self.persistence, self.drainer, self.health,
                 self.verification, self.reporter, events,
             ),
         )  # fmt: skip

@@ -46,6 +46,7 @@ from cairnd.tiers.metered import MeteredStore
 from cairnd.tiers.object_store import ObjectStore
 from cairnd.tiers.retrying import RetryingStore
 from cairnd.tiers.stores import open_store
+from cairnd.upkeep import room
 from cairnd.upkeep.drain import Drainer
 from cairnd.upkeep.keeper import Keeper
 from cairnd.upkeep.recovery import Recovered, identify, lock, notes, open_tree, recover
@@ -55,6 +56,8 @@ from cairnd.upkeep.verification import Verification
 from cairnd.workers import ThreadWorkers, Workers
 
 _EXPIRY_CHECK_S = 1.0
+_STOOD_STILL_S = 2 * _EXPIRY_CHECK_S
+"""A daemon that looks again so late was stopped, or had no processor."""
 _REQUEST_POLL_S = 30.0
 _STALE_UPLOAD_S = 24 * 3600.0
 """Longer than any upload takes: other nodes' unfinished uploads look the same as those of a daemon that was killed."""
@@ -113,7 +116,9 @@ class Core:
         self.verified = VerifiedFiles(
             self._fs, self.tier1, self.hashing, clock, metrics, always=settings.verify_on_load == "always"
         )
-        self.health = HealthBook(self.catalog, self.tier1, self.verified, self._disk, clock, events)
+        self.health = HealthBook(
+            self.catalog, self.tier1, self.verified, self._disk, clock, events, most_resumes=settings.pass_over_after_resumes
+        )  # fmt: skip
         if settings.persistent_storage_path:
             self._open_store(settings.persistent_storage_path)  # a URL that can never work is refused now
         self.storage = Storage(
@@ -170,6 +175,9 @@ class Core:
 
     async def recover(self) -> Recovered:
         """Find out what survived in tier 1 and take it in."""
+        complaint = await self._disk.run(self._complaint)
+        if complaint:
+            self.events.publish("tier1_has_no_room", reason=complaint)  # `cairn status` shows it as long as it holds
         recovered = await self._disk.run(recover, self.tier1)
         await self._disk.run(self.tier1.delete_tree, layout.FETCHED)
         self._take_in(recovered)
@@ -210,6 +218,9 @@ class Core:
         self.hashing.close()
         self._fs.close(self._lock_fd)
 
+    def _complaint(self) -> str:
+        return room.complaint(self.tier1.root, self.tier1.total_bytes(), self.tier1.free_bytes())
+
     def _take_in(self, recovered: Recovered) -> None:
         for key in recovered.swept:
             self.events.publish("recovery_swept", key=key, reason="it had no manifest: it never reached tier 1")
@@ -219,6 +230,7 @@ class Core:
             self.health.note_missing(*layout.version_of(key), f"its manifest was damaged: {why}")
             self.events.publish("manifest_quarantined", key=key, reason=why)
             self.left_alone.append(f"{key} was moved to {layout.QUARANTINE}: {why}; look at it, then delete it")
+        self.inventory.note_unreadable(recovered.unreadable)
         for key in self.jobs.load():
             self.left_alone.append(f"the job record {key} is damaged; the job's next launch writes it anew")
         for version in recovered.versions:
@@ -238,6 +250,7 @@ class Core:
             setattr(version, what, True)
 
     def _on_published(self, version: Version) -> None:
+        self.health.saved(version)
         self.launches.trim_memory()
         self._spawn(self._tidy(version.job))
         if not self._is_training(version.job):
@@ -255,6 +268,7 @@ class Core:
         for lease in self.leases.of_client(client.number):
             self.fetcher.end(lease)
         self.memory_copies.client_gone(client.number)
+        self.health.client_gone(client.number)
         self.saves.client_gone(client)
         self.launches.trim_memory()
         self.catalog.wake()
@@ -309,7 +323,14 @@ class Core:
 
     async def _expire(self) -> None:
         while True:
+            before_s = self.clock.monotonic_s()
             await self.clock.sleep(_EXPIRY_CHECK_S)
+            passed_s = self.clock.monotonic_s() - before_s
+            if passed_s > _STOOD_STILL_S:
+                # Ranks that lived meanwhile have spoken, and were not heard yet: they get the time again.
+                self.clients.excuse(passed_s)
+                self.saves.excuse(passed_s)
+                self.events.publish("daemon_stood_still", seconds=f"{passed_s - _EXPIRY_CHECK_S:.1f}")
             self.saves.expire(
                 self.settings.lease_s,
                 self.settings.commit_timeout_s,

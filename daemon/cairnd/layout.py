@@ -70,6 +70,10 @@ def health(job: str, version: VersionId) -> str:
     return f"{HEALTH}/{check_job(job)}/{version}.json"
 
 
+def quarantined(number: str, key: str) -> str:
+    return f"{QUARANTINE}/{number}/{key}"
+
+
 def job_folder(job: str) -> str:
     return f"{VERSIONS}/{check_job(job)}"
 

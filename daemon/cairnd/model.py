@@ -96,6 +96,8 @@ class Version:
     copies: dict[Tier, Copy] = field(default_factory=dict)
     pinned: bool = False
     requested: bool = False
+    passed_over: str = ""
+    """Why automatic resume passes it over, if it does: its bytes may be intact."""
     reason: str = ""
     reserved_bytes: int = 0
     """Set aside in tier 1 for what is being saved; meaningful until the version is in tier 1."""
@@ -111,7 +113,7 @@ class Version:
     @property
     def complete(self) -> bool:
         """Whether the partitions of every rank of its world are known here."""
-        return self.ranks == frozenset(range(self.world_size))
+        return len(self.ranks) == self.world_size  # all of them lie in it: checked where they come in
 
     @property
     def wants_tier2(self) -> bool:

@@ -98,6 +98,11 @@ class Settings:
         0, "the same for tier 2, where reading may cost money; 0: not at all (`cairn verify --deep` reads it too)"
     )
     scrub_interval_s: float = _setting(86400.0, "seconds after which a copy is read again in the background")
+    pass_over_after_resumes: int = _setting(
+        3,
+        "launches in a row that went on from a version and died before they saved anything, after which automatic "
+        "resume passes that version over; 0: never",
+    )
     protect_files: bool = _setting(
         False,
         "make published files immutable (needs root): not even root can then overwrite one through a link; "
@@ -159,6 +164,7 @@ _LEAST: Mapping[str, float] = {
     "scrub_bytes_per_s": 0,
     "scrub_tier2_bytes_per_s": 0,
     "scrub_interval_s": 1,
+    "pass_over_after_resumes": 0,
     "drain_threads": 1,
     "recheck_one_in": 1,
     "tier2_delete_grace_s": 0,

@@ -18,6 +18,8 @@ RESERVED_NAME = ".cairn"
 BY_RANK_FOLDER = "by-rank"
 """Partitions whose name another rank also used are stored at ``by-rank/<rank>/<name>``."""
 
+MAX_EPOCH = 999_999_999
+"""What a version's name has digits for. A job whose newest epoch were higher could never be launched again."""
 MAX_COMPONENT_LENGTH = 128
 MAX_PARTITION_LENGTH = 1024
 
@@ -42,6 +44,8 @@ class VersionId(NamedTuple):
 
 
 def _refuse(what: str, value: str, rule: str) -> ConfigurationError:
+    if len(value) > MAX_PARTITION_LENGTH:  # an error has to fit into the metadata of an answer
+        value = f"{value[:MAX_COMPONENT_LENGTH]}..."
     return ConfigurationError(f"{what} {value!r} is not allowed: {rule}", hint=f"choose another {what}")
 
 

@@ -29,6 +29,7 @@ def version(
         "save_dir": "/data",
         "file_marks": False,
         "held": held,
+        "passed_over": "",
         "partitions": parts,
         **more,
     }
@@ -186,3 +187,16 @@ def test_all_that_is_chosen_can_be_read_by_all_and_nothing_newer_can(data: st.Da
     else:
         assert ([] if choice is None else [choice.version.sequence]) == expected[:1]
         assert (choice is None) == (not any(one["versions"] for one in inventories))
+
+
+def test_a_marked_version_is_the_last_resort_of_automatic_resume() -> None:
+    marked = version(3, passed_over="3 resumes died on it")
+    seen = [inventory(marked, version(2), version(1)), inventory(version(3), version(2), version(1))]
+    choice = choose(seen)
+    assert choice is not None
+    assert choice.version.sequence == 2
+    assert choice.passed_over == (f"{marked['version']}: 3 resumes died on it",)
+    assert chosen(seen, tag="step3") == marked["version"], "by its name it is loaded"
+    assert chosen([inventory(marked), inventory(marked)]) == marked["version"], "there is no other"
+    older = version(1, passed_over="its loss exploded")
+    assert chosen([inventory(marked, older)] * 2) == marked["version"], "of several the newest"

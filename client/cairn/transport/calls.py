@@ -25,6 +25,8 @@ from cairn_api.wire import BRIEF_BYTES, ERROR_METADATA, TOKEN_METADATA
 
 CALL_TIMEOUT_S = 30.0
 """For calls that only change the daemon's memory."""
+LEAVE_TIMEOUT_S = 2.0
+"""For what is said on the way out: nobody wants to wait for that."""
 STORAGE_CALL_TIMEOUT_S = 120.0
 """For calls during which the daemon asks disks or the object store; its own time-outs are shorter."""
 RESOLVE_TIMEOUT_S = 300.0
@@ -82,7 +84,7 @@ class Caller:
             except ValueError as error:  # what grpc raises for a channel that another thread has just closed
                 if not connection.lost():
                     raise
-                problem = ConnectionLostError(str(error))
+                problem = _lost(error)
             if not isinstance(problem, ConnectionLostError):
                 raise problem
             self._source.failed(connection, problem, deadline_s)
@@ -181,9 +183,12 @@ def translate(error: grpc.RpcError) -> CairnError:
             return error_from_wire(types_pb2.ErrorInfo.FromString(item.value))
     code, details = error.code(), error.details()
     if code in _LOST:
-        return ConnectionLostError(
-            f"the daemon stopped answering ({details})",
-            hint="start cairnd (systemctl start cairnd) or set runtime_dir",
-        )
+        return _lost(details)
     hint = "see the daemon's log (journalctl -u cairnd)"
     return _BY_STATUS.get(code, InternalError)(f"the call to the daemon failed: {code.name}: {details}", hint=hint)
+
+
+def _lost(what: object) -> ConnectionLostError:
+    return ConnectionLostError(
+        f"the daemon stopped answering ({what})", hint="start cairnd (systemctl start cairnd) or set runtime_dir"
+    )

@@ -193,6 +193,7 @@ def inventory_from_wire(version: types_pb2.Version) -> dict[str, Any]:
         "save_dir": version.save_dir,
         "file_marks": version.file_marks,
         "held": held,
+        "passed_over": version.passed_over,
         "tiers": [tier_name(copy.tier) for copy in version.copies if copy.state == types_pb2.COPY_STATE_VERIFIED],
         "partitions": [[part.path, part.name, part.rank, part.size_bytes] for part in version.partitions],
     }

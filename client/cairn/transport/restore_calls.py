@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from cairn.transport.calls import CALL_TIMEOUT_S, RESOLVE_TIMEOUT_S, Caller, listen, translate
+from cairn.transport.calls import CALL_TIMEOUT_S, LEAVE_TIMEOUT_S, RESOLVE_TIMEOUT_S, Caller, listen, translate
 from cairn.transport.connection import Connection
 from cairn.transport.messages import (
     Fetched,
@@ -138,6 +138,17 @@ class RestoreCalls:
         self._start_ender()
         self._ended.put(partial(_end_fetch, lease=lease))
         self._fetch_ended = True
+
+    def note_resume(self, version: VersionId, attempt: str) -> int:
+        """Say that this launch goes on from *version*; returns how many launches before it died on that in a row."""
+        request = restore_pb2.NoteResumeRequest(job=self._job, id=version_to_wire(version), attempt=attempt)
+        reply = self._caller.unary(_SERVICE, "NoteResume", restore_pb2.NoteResumeReply, request, CALL_TIMEOUT_S)
+        return int(reply.died_in_a_row)
+
+    def note_good_end(self) -> None:
+        """Say that this launch ends without an error."""
+        request = restore_pb2.NoteResumeRequest(job=self._job, ended=True)
+        self._caller.unary(_SERVICE, "NoteResume", restore_pb2.NoteResumeReply, request, LEAVE_TIMEOUT_S)
 
     def settle(self) -> None:
         """Wait until the fetches that ended so far protect nothing any more: no save is to be left out for them."""

@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cairn_api.errors import ConfigurationError, VersionError
-from cairn_api.names import VersionId, check_job, parse_version
+from cairn_api.names import MAX_EPOCH, VersionId, check_job, parse_version
 from cairnd import layout
-from cairnd.manifest import NOTE_FORMAT, decode, encode
+from cairnd.manifest import NOTE_FORMAT, decode, encode, number, text
 from cairnd.tiers.local import LocalTier
 from cairnd.workers import Workers
+
+_MOST = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,17 @@ class JobRecord:
     def decode(cls, data: bytes, what: str) -> JobRecord:
         """Raises :class:`VersionError` when the record is damaged."""
         document: Mapping[str, Any] = decode(data, NOTE_FORMAT, what)
-        resumed_from = document["resumed_from"]
-        return cls(
-            check_job(document["job"]), int(document["uid"]), int(document["gid"]), str(document["storage_url"]),
-            int(document["keep"]), int(document["epoch"]), str(document["nonce"]), int(document["world_size"]),
-            bool(document["provisional"]), parse_version(resumed_from) if resumed_from else None,
-        )  # fmt: skip
+        try:
+            resumed_from = document["resumed_from"]
+            return cls(
+                check_job(document["job"]), number(document["uid"], 0, _MOST), number(document["gid"], 0, _MOST),
+                text(document["storage_url"]), number(document["keep"], 0, _MOST),
+                number(document["epoch"], 0, MAX_EPOCH), text(document["nonce"]),
+                number(document["world_size"], 0, _MOST), bool(document["provisional"]),
+                parse_version(resumed_from) if resumed_from else None,
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, ConfigurationError) as error:
+            raise VersionError(f"{what} is damaged: field missing or invalid ({error})") from error
 
 
 class JobBook:
@@ -71,8 +78,8 @@ class JobBook:
                 key = layout.job_record(name)
                 record = JobRecord.decode(self._tier.read_small(key), key)
                 if record.job != name:
-                    raise ValueError
-            except (VersionError, ConfigurationError, KeyError, TypeError, ValueError):
+                    raise VersionError(f"{key} is the record of {record.job}")
+            except (VersionError, ConfigurationError):
                 damaged.append(f"{layout.JOB_RECORDS}/{entry.name}")
                 continue
             self._records[record.job] = record

@@ -199,6 +199,13 @@ class Daemon:
         """End the exemption."""
         return cast("admin_pb2.PinReply", self._call(self._admin.Unpin, admin_pb2.PinRequest(job=job, version=text)))
 
+    def mark(self, job: str, text: str, reason: str) -> admin_pb2.MarkReply:
+        """Have automatic resume pass a version over, or with an empty *reason* no longer."""
+        return cast(
+            "admin_pb2.MarkReply",
+            self._call(self._admin.Mark, admin_pb2.MarkRequest(job=job, version=text, reason=reason)),
+        )
+
     def prune(self, job: str, text: str | None, *, dry_run: bool) -> admin_pb2.PruneReply:
         """Apply retention, or delete one version; with *dry_run* only say what that would do."""
         request = admin_pb2.PruneRequest(job=job, dry_run=dry_run, version=text or "")

@@ -5,9 +5,9 @@ A *version* is::
     {"job", "tag", "epoch", "sequence", "version": "e00007-s000042-<tag>",
      "state": "open"|"sealed"|"prepared"|"committed"|"deleting"|"aborted",
      "size_bytes", "created_s": seconds since 1970, "world_size", "ranks": [rank, ...],
-     "persist": bool, "pinned": bool, "save_dir",
+     "persist": bool, "pinned": bool, "passed_over": why automatic resume does so, or "", "save_dir",
      "copies": {"memory"|"tier1"|"peer"|"tier2":
-                {"state": "absent"|"copying"|"verified"|"failed"|"evicted", "error"}}}
+                {"state": "absent"|"copying"|"verified"|"failed"|"evicted", "error", "damaged": bool}}}
 
 A *version name* is ``{"job", "tag", "epoch", "sequence", "version"}``. ``ranks`` are those whose partitions are known
 where the command reads; sizes are of these partitions.
@@ -43,9 +43,10 @@ def version_document(version: Version, size_bytes: int) -> Document:
         "ranks": sorted(version.ranks),
         "persist": version.wants_tier2,
         "pinned": version.pinned,
+        "passed_over": version.passed_over,
         "save_dir": version.save_dir,
         "copies": {
-            tier.value: {"state": copy.state.value, "error": copy.error}
+            tier.value: {"state": copy.state.value, "error": copy.error, "damaged": copy.damaged}
             for tier, copy in sorted(version.copies.items())
         },
     }

@@ -8,26 +8,20 @@ import sys
 import textwrap
 import traceback
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from cairn_api.errors import CairnError, ErrorKind, InternalError
+from cairn_api.errors import CairnError, InternalError
 from cairn_api.wire import DEFAULT_RUNTIME_DIR
 from cairnd import __version__
+from cairnd.cli.exits import EXIT_STATUS
 from cairnd.cli.invocation import Invocation
 from cairnd.cli.output import Output
 from cairnd.cli.text import wrapped
-from cairnd.cli.verbs import drain, export, persist, pin, prune, show, status, unpin, verify, watch
+from cairnd.cli.verbs import doctor, drain, export, mark, persist, pin, prune, show, status, unpin, verify, watch
 from cairnd.cli.verbs import list as list_
 
-EXIT_STATUS: Mapping[ErrorKind, int] = {
-    ErrorKind.RETRY: 10,
-    ErrorKind.WAIT: 11,
-    ErrorKind.FIX_CONFIGURATION: 12,
-    ErrorKind.CHOOSE_ANOTHER_VERSION: 13,
-    ErrorKind.GIVE_UP: 14,
-}
 WRONG_USAGE = 2
 INTERRUPTED = 130
 OUTPUT_CLOSED = 141
@@ -35,8 +29,8 @@ OUTPUT_CLOSED = 141
 _EPILOG = """\
 Exit status: 0 done; 1 verify found damage, or drain left something; 2 wrong
 usage; and by what to do next: 10 retry later, 11 wait until there is room, 12 fix
-the configuration, 13 choose another version, 14 give up; 130 interrupted; 141
-nobody reads the answer.
+the configuration, 13 choose another version, 14 give up (doctor: the gravest of
+its problems); 130 interrupted; 141 nobody reads the answer.
 
 Errors go to standard error: the message, then "Next step: ...". With --json they
 are one object: {"error": {"class", "kind", "message", "hint", "context",
@@ -60,7 +54,7 @@ class Verb(Protocol):
         """Do it; returns the exit status or raises a :class:`CairnError`."""
 
 
-VERBS: Sequence[Verb] = (list_, show, verify, pin, unpin, prune, persist, export, status, drain, watch)
+VERBS: Sequence[Verb] = (list_, show, verify, pin, unpin, mark, prune, persist, export, status, doctor, drain, watch)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

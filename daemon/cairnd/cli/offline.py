@@ -15,6 +15,7 @@ from cairn_api.errors import ConfigurationError, VersionError
 from cairn_api.names import VersionId, parse_version
 from cairnd import layout
 from cairnd.catalog.catalog import Catalog
+from cairnd.catalog.health import Health, read_records
 from cairnd.cli.source import Blocks, Check, Listed, Listing, blocks_by, file_blocks
 from cairnd.clock import SystemClock
 from cairnd.events import EventLog
@@ -50,11 +51,15 @@ def open_offline(store: str, options: Mapping[str, str]) -> StoredVersions:
 class StoredVersions:
     """What both kinds of stores have in common. Subclasses fill the catalog and read bytes."""
 
+    tier: Tier
+
     def __init__(self) -> None:
         clock = SystemClock()
         self._catalog = Catalog(clock, EventLog(clock))
         self._damaged: list[Finding] = []
         """Versions whose records cannot be believed: they are not in the catalog."""
+        self._warnings: list[str] = []
+        """What else of the jobs that were read cannot be believed."""
 
     def jobs(self) -> list[str]:
         raise NotImplementedError
@@ -73,7 +78,7 @@ class StoredVersions:
                 for finding in self._damaged
                 if finding.job == name
             ]
-        return Listing(found, warnings)
+        return Listing(found, warnings + self._warnings, knows_tier2=self.tier is Tier.TIER2)
 
     def describe(self, job: str, text: str) -> Version:
         self._load(job)
@@ -127,6 +132,8 @@ class StoredVersions:
 class Tier1Versions(StoredVersions):
     """The tier 1 folder *root* of one node: its manifests say what exists."""
 
+    tier = Tier.TIER1
+
     def __init__(self, root: Path) -> None:
         super().__init__()
         self._fs = OsFileSystem()
@@ -134,7 +141,10 @@ class Tier1Versions(StoredVersions):
         _check_tree(self._tier1)
         found = recovery.scan(self._tier1)
         pinned, requested = recovery.notes(self._tier1, layout.PINS), recovery.notes(self._tier1, layout.REQUESTS)
+        health, unread = read_records(self._tier1)
+        self._warnings += [f"the record {key} is damaged: what it said of its version is not shown" for key in unread]
         for version in found.versions:
+            health.get((version.job, version.id), Health()).apply(version)
             version.pinned = (version.job, version.id) in pinned
             version.requested = (version.job, version.id) in requested
             self._catalog.add(version)
@@ -162,6 +172,8 @@ class Tier1Versions(StoredVersions):
 class BucketVersions(StoredVersions):
     """A bucket: its decision keys say what exists. Each job is read when it is first asked for."""
 
+    tier = Tier.TIER2
+
     def __init__(self, bucket: BucketRepository, url: str) -> None:
         super().__init__()
         self._bucket = bucket
@@ -183,6 +195,7 @@ class BucketVersions(StoredVersions):
             self._catalog.add(version)
         for version_id, problem in seen.damaged.items():
             self._damaged.append(Finding(job, version_id, Tier.TIER2, "", problem))
+        self._warnings += [claim.problem for claim in seen.epochs if claim.problem]
         self._loaded.add(job)
 
     def _check(self, version: Version, progress: Callable[[int], None], *, deep: bool) -> Iterator[Finding]:

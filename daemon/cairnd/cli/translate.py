@@ -80,7 +80,7 @@ def version(message: pb.Version) -> Version:
         job=message.job, id=version_id(message.id), state=_known(_STATES, message.state, "state"),
         world_size=message.world_size, nonce=message.nonce, save_dir=message.save_dir, persist=message.persist,
         file_marks=message.file_marks, created_s=message.created_s, ranks=frozenset(message.ranks),
-        pinned=message.pinned, reason=message.reason,
+        pinned=message.pinned, passed_over=message.passed_over, reason=message.reason,
         attributes=dict(message.attributes),
         partitions=tuple(_partition(item) for item in message.partitions),
         copies={tier(item.tier): _copy(item) for item in message.copies},
@@ -88,7 +88,7 @@ def version(message: pb.Version) -> Version:
 
 
 def _copy(message: pb.Copy) -> Copy:
-    return Copy(_known(_COPY_STATES, message.state, "copy state"), message.error)
+    return Copy(_known(_COPY_STATES, message.state, "copy state"), message.error, message.damaged)
 
 
 def _partition(message: pb.Partition) -> Partition:

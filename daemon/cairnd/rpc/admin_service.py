@@ -10,6 +10,7 @@ from cairn_api.names import check_job
 from cairn_api.v1 import admin_pb2 as pb
 from cairn_api.v1 import admin_pb2_grpc, types_pb2
 from cairnd.catalog.catalog import Catalog
+from cairnd.catalog.health import HealthBook
 from cairnd.catalog.jobs import JobBook
 from cairnd.events import EventLog
 from cairnd.model import Version
@@ -37,6 +38,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         keeper: Keeper,
         persistence: Persistence,
         drainer: Drainer,
+        health: HealthBook,
         verification: Verification,
         reporter: Reporter,
         events: EventLog,
@@ -48,6 +50,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self._keeper = keeper
         self._persistence = persistence
         self._drainer = drainer
+        self._health = health
         self._verification = verification
         self._reporter = reporter
         self._events = events
@@ -100,6 +103,13 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         version = await self._find(client, request.job, request.version)
         changed = await self._keeper.pin(version, request.reason, pinned=False)
         return pb.PinReply(id=convert.id_to(version.id), changed=changed)
+
+    @translated
+    async def Mark(self, request: pb.MarkRequest, client: Client) -> pb.MarkReply:
+        version = await self._find(client, request.job, request.version)
+        changed = self._health.mark(version, request.reason)
+        await self._health.settle()
+        return pb.MarkReply(id=convert.id_to(version.id), changed=changed)
 
     @translated
     async def Prune(self, request: pb.PruneRequest, client: Client) -> pb.PruneReply:

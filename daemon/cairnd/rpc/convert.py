@@ -84,9 +84,10 @@ def version_to(version: Version, *, partitions: bool) -> pb.Version:
         reason=version.reason,
         file_marks=version.file_marks,
         attributes=version.attributes,
+        passed_over=version.passed_over,
     )
     for tier, copy in version.copies.items():
-        message.copies.add(tier=_TIERS[tier], state=_COPIES[copy.state], error=copy.error)
+        message.copies.add(tier=_TIERS[tier], state=_COPIES[copy.state], error=copy.error, damaged=copy.damaged)
     if partitions:
         for item in version.partitions:
             message.partitions.add(

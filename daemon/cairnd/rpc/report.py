@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from cairn_api.v1 import admin_pb2 as pb
@@ -17,6 +18,7 @@ from cairnd.session.clients import Clients
 from cairnd.session.memory import CaptureMemory
 from cairnd.session.saves import Saves
 from cairnd.tiers.local import LocalTier
+from cairnd.upkeep import room
 from cairnd.upkeep.keeper import Keeper
 from cairnd.workers import Workers
 
@@ -69,8 +71,6 @@ class Reporter:
         backlog = self._replicator.backlog()
         health = self._storage.health.get(self._storage.default_url)
         used, free = await self.refresh()
-        persisted = [version for version in self._catalog.versions() if version.has(Tier.TIER2) and may_see(version)]
-        newest = max(persisted, key=lambda version: (version.created_s, version.id), default="")
         ages_s = [self._clock.now_s() - version.created_s for version in backlog]
         saves = self._metrics.saves
         return pb.StatusReply(
@@ -91,15 +91,32 @@ class Reporter:
             backlog_versions=len(backlog),
             backlog_bytes=sum(version.size_bytes for version in backlog),
             oldest_unpersisted_age_s=max(ages_s, default=0.0),
-            last_persisted=str(newest),
+            last_persisted=self._last_persisted(may_see),
             verify_failures=int(value_of(self._metrics.verify_failures)),
             skipped_saves=int(value_of(saves.labels("skipped"))),
             failed_saves=int(value_of(saves.labels("aborted"))),
             lost_claims=int(value_of(self._metrics.lost_claims)),
             draining=self._saves.draining,
             protocol=PROTOCOL_VERSION,
-            problems=self._problems(may_see),
+            problems=[*filter(None, [await self._complaint(free)]), *self._problems(may_see)],
         )
+
+    def _last_persisted(self, may_see: Callable[[Version], bool]) -> str:
+        """The newest version in tier 2 of the job of which one arrived there last: no wall clock orders versions."""
+        newest: dict[str, Version] = {}
+        for version in self._catalog.versions():
+            if version.has(Tier.TIER2) and may_see(version):
+                newest.setdefault(version.job, version)
+
+        def age_s(version: Version) -> tuple[float, float]:
+            arrived_s = self._catalog.last_persist_age_s(version.job)
+            # Those that came before this daemon started are told apart as well as can be.
+            return math.inf if arrived_s is None else arrived_s, -version.created_s
+
+        return str(min(newest.values(), key=age_s, default=""))
+
+    async def _complaint(self, free_bytes: int) -> str:
+        return room.complaint(self._tier1.root, await self._workers.run(self._tier1.total_bytes), free_bytes)
 
     def _problems(self, may_see: Callable[[Version], bool]) -> list[str]:
         problems = list(self._left_alone)
@@ -111,9 +128,32 @@ class Reporter:
         for version in self._catalog.versions():
             for tier, copy in version.copies.items():
                 if copy.error and version.restorable and may_see(version):
-                    problems.append(f"{version} in {tier}: {copy.error}; `cairn verify` looks at it again")
+                    problems.append(f"{version} in {tier}: {copy.error.rstrip('.')}; {_next_step(version, tier)}")
+            if version.passed_over and may_see(version):
+                problems.append(
+                    f"automatic resume passes {version} over: {version.passed_over}; when it is sound, "
+                    f"`cairn mark {version.id} --sound --job {version.job}`"
+                )
         for job in self._catalog.jobs():
             last = next(self._catalog.versions(job))
             if last.state is VersionState.ABORTED and may_see(last):
-                problems.append(f"the last save of job {job} failed ({last.id}): {last.reason}")
+                problems.append(
+                    f"the last save of job {job} failed ({last.id}): {last.reason}; earlier ones are intact, "
+                    f"`cairn list --job {job}` shows them; this goes away with the next save"
+                )
         return problems
+
+
+def _next_step(version: Version, tier: Tier) -> str:
+    """What happens to a copy that failed, and what the operator can do."""
+    name = f"{version.id} --job {version.job}"
+    if not version.copy(tier).damaged:
+        return f"`cairn show {name}` tells more"
+    if tier is Tier.TIER1 and version.has(Tier.TIER2):
+        return f"it is made again from tier 2, in the background or by a load; `cairn verify {name} --deep` looks again"
+    if tier is Tier.TIER2 and version.has(Tier.TIER1):
+        again = (
+            "it is uploaded again from tier 1" if version.wants_tier2 else f"`cairn persist {name}` uploads it again"
+        )
+        return f"{again}; `cairn verify {name} --deep` looks again"
+    return f"no other tier has an intact copy: `cairn list --job {version.job}` shows older versions"

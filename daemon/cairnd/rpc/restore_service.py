@@ -13,6 +13,7 @@ from cairn_api.v1 import restore_pb2 as pb
 from cairn_api.v1 import restore_pb2_grpc
 from cairn_api.wire import STREAM_CHUNK_BYTES
 from cairnd.catalog.catalog import Catalog
+from cairnd.catalog.health import HealthBook
 from cairnd.catalog.jobs import JobBook
 from cairnd.catalog.leases import Leases
 from cairnd.model import CopyState, Version, VersionState
@@ -37,6 +38,7 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
         catalog: Catalog,
         jobs: JobBook,
         leases: Leases,
+        health: HealthBook,
         inventory: Inventory,
         fetcher: Fetcher,
         fs: FileSystem,
@@ -46,6 +48,7 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
         self._catalog = catalog
         self._jobs = jobs
         self._leases = leases
+        self._health = health
         self._inventory = inventory
         self._fetcher = fetcher
         self._fs = fs
@@ -57,13 +60,15 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
         self._jobs.check_owner(job, client.uid, client.privileged)
         reply = pb.ResolveReply()
         if request.source:
-            versions, claim = await self._inventory.read_source(request.source, job)
+            versions, claim, unreadable = await self._inventory.read_source(request.source, job)
         else:
             if not request.local_only:
                 reply.tier2_error = await self._inventory.refresh(job)
             # What all ranks agreed on and is still being written will be there in a moment: better wait than step back.
             await self._catalog.wait_until(lambda: not self._unsettled(job), _SETTLE_S)
+            self._health.judge(job)
             versions, claim = list(self._catalog.versions(job)), self._inventory.newest_claim(job)
+            unreadable = self._inventory.unreadable(job)
             claim = claim if claim is not None and not claim.problem else None
             record = self._jobs.get(job)
             if record is not None and record.epoch > (claim.epoch if claim is not None else 0):
@@ -84,6 +89,7 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
                 reply.versions.append(convert.version_to(version, partitions=True))
             else:
                 reply.unhealthy.append(convert.id_to(version.id))
+        reply.unhealthy.extend(map(convert.id_to, unreadable))
         return reply
 
     def _unsettled(self, job: str) -> list[Version]:
@@ -129,7 +135,7 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
         job, version_id = check_job(request.job), convert.id_from(request.id)
         self._jobs.check_owner(job, client.uid, client.privileged)
         if request.source:
-            versions, _ = await self._inventory.read_source(request.source, job)
+            versions, _, _ = await self._inventory.read_source(request.source, job)
             version = next((item for item in versions if item.id == version_id), None)
             version = version or self._catalog.require(job, version_id)
         else:
@@ -167,6 +173,18 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
                         await to_the_end(_ended(ahead))
             finally:
                 self._fs.close(fd)
+
+    @translated
+    async def NoteResume(self, request: pb.NoteResumeRequest, client: Client) -> pb.NoteResumeReply:
+        if request.ended:
+            self._health.resume_ended(client.number)
+            return pb.NoteResumeReply()
+        job, version_id = check_job(request.job), convert.id_from(request.id)
+        self._jobs.check_owner(job, client.uid, client.privileged)
+        version = self._catalog.require(job, version_id)
+        return pb.NoteResumeReply(
+            died_in_a_row=await self._health.resume_began(client.number, version, request.attempt)
+        )
 
     @translated
     async def EndFetch(self, request: pb.EndFetchRequest, client: Client) -> pb.EndFetchReply:

@@ -87,6 +87,4 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: CairnError) 
     """End the call with *error*; does not return."""
     # The details travel with three bytes for each that is not ASCII; Cairn's own clients read the metadata.
     details = error.message[:_DETAILS_LENGTH].encode("ascii", "replace").decode()
-    await context.abort(
-        CODES[public_class(error)], details, ((ERROR_METADATA, to_proto(error).SerializeToString()),)
-    )
+    await context.abort(CODES[public_class(error)], details, ((ERROR_METADATA, to_proto(error).SerializeToString()),))

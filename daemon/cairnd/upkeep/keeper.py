@@ -32,6 +32,9 @@ from cairnd.upkeep.links import remove_links
 from cairnd.workers import Workers
 
 _SWEEP_INTERVAL_S = 1.0
+_RETRY_S = 60.0
+"""Until a deletion in tier 1 that failed is tried again: its manifest may be gone, and no plan would name it again."""
+
 _BEING_SAVED = (VersionState.OPEN, VersionState.SEALED)
 
 
@@ -81,6 +84,7 @@ class Keeper:
         self._floors: dict[str, VersionId] = {}
         self._deleting = {tier: asyncio.Lock() for tier in Tier}
         self._sweeps: dict[tuple[str, VersionId], float] = {}
+        self._retries: dict[tuple[str, VersionId], tuple[Deletion, float]] = {}
 
     def set_floor(self, job: str, floor: VersionId) -> None:
         """Note the newest version that all ranks hold verified in one tier, as ranks agreed at ``create``."""
@@ -178,6 +182,8 @@ class Keeper:
             else:
                 await self._delete_tier2(version, deletion.reason)
         except CairnError as error:
+            if deletion.tier is Tier.TIER1:
+                self._retries[version.job, version.id] = (deletion, self._clock.monotonic_s() + _RETRY_S)
             self._events.publish("delete_failed", version.job, version.id, tier=deletion.tier, error=error)
             return False
         return True
@@ -268,6 +274,7 @@ class Keeper:
                 version.created_s,
                 protected=version.pinned or version.requested_and_waiting or self._leases.protects(job, version.id),
                 waiting=tier is Tier.TIER1 and version.id in waiting,
+                passed_over=bool(version.passed_over),
             )
             for version in self._catalog.versions(job)
             if version.has(tier) and version.restorable
@@ -312,10 +319,14 @@ class Keeper:
         self._sweeps.setdefault((job, version), self._clock.monotonic_s() + self._settings.tier2_delete_grace_s)
 
     async def run(self) -> None:
-        """Sweep tombstoned versions of the bucket, for ever; what fails is tried again after another grace."""
+        """Sweep tombstoned versions of the bucket, for ever; what fails in either tier is tried again later."""
         while True:
             await self._clock.sleep(_SWEEP_INTERVAL_S)
             now_s = self._clock.monotonic_s()
+            for key, (deletion, due_s) in list(self._retries.items()):
+                if due_s <= now_s and not self._leases.protects(*key):
+                    del self._retries[key]
+                    await self.delete([deletion])
             for (job, version), due_s in list(self._sweeps.items()):
                 if due_s > now_s or self._leases.protects(job, version):
                     continue

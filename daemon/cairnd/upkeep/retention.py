@@ -30,13 +30,18 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A copy in the tier in question. ``waiting``: it has to stay until tier 2 has it."""
+    """A copy in the tier in question.
+
+    ``waiting``: it has to stay until tier 2 has it. ``passed_over``: automatic resume does not take it, so it is not
+    one of the newest that a policy counts; it stays as long as the oldest of those.
+    """
 
     id: VersionId
     size_bytes: int
     created_s: float
     protected: bool = False
     waiting: bool = False
+    passed_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,8 @@ def plan(held: Iterable[Held], policy: Policy, floor: VersionId | None) -> list[
 
 
 def _kept(newest_first: Sequence[Held], policy: Policy) -> set[VersionId]:
-    kept = {item.id for item in newest_first[: policy.keep_last]}
+    counted = [item.id for item in newest_first if not item.passed_over][: policy.keep_last]
+    kept = {item.id for item in newest_first if len(counted) < policy.keep_last or item.id >= counted[-1]}
     if policy.keep_every:
         kept |= {item.id for item in newest_first if item.id.sequence % policy.keep_every == 0}
     if policy.keep_period_s:

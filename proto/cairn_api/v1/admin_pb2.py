@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from cairn_api.v1 import types_pb2 as cairn__api_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63\x61irn_api/v1/admin.proto\x12\x0c\x63\x61irn_api.v1\x1a\x18\x63\x61irn_api/v1/types.proto\".\n\x0bListRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\npartitions\x18\x02 \x01(\x08\"I\n\tListReply\x12\'\n\x08versions\x18\x01 \x03(\x0b\x32\x15.cairn_api.v1.Version\x12\x13\n\x0btier2_error\x18\x02 \x01(\t\"/\n\x0f\x44\x65scribeRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\";\n\rVerifyRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x65\x65p\x18\x03 \x01(\x08\"o\n\x07\x46inding\x12#\n\x02id\x18\x01 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12 \n\x04tier\x18\x02 \x01(\x0e\x32\x12.cairn_api.v1.Tier\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0f\n\x07problem\x18\x04 \x01(\t\"\x94\x01\n\x0eVerifyProgress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\'\n\x08\x66indings\x18\x03 \x03(\x0b\x32\x15.cairn_api.v1.Finding\x12\x18\n\x10versions_checked\x18\x04 \x01(\r\x12\x16\n\x0e\x63opies_checked\x18\x05 \x01(\r\":\n\nPinRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"@\n\x08PinReply\x12#\n\x02id\x18\x01 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08\"=\n\x0cPruneRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x0f\n\x07version\x18\x03 \x01(\t\"\x82\x01\n\x08\x44\x65letion\x12\x0b\n\x03job\x18\x01 \x01(\t\x12#\n\x02id\x18\x02 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12 \n\x04tier\x18\x03 \x01(\x0e\x32\x12.cairn_api.v1.Tier\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06reason\x18\x05 \x01(\t\"H\n\nPruneReply\x12)\n\tdeletions\x18\x01 \x03(\x0b\x32\x16.cairn_api.v1.Deletion\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\".\n\x0ePersistRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"D\n\x0cPersistReply\x12#\n\x02id\x18\x01 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12\x0f\n\x07\x61lready\x18\x02 \x01(\x08\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"[\n\rDrainProgress\x12\x15\n\rversions_left\x18\x01 \x01(\r\x12\x12\n\nbytes_left\x18\x02 \x01(\x04\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\x12\x11\n\tabandoned\x18\x04 \x03(\t\"\x0f\n\rStatusRequest\"\xd3\x04\n\x0bStatusReply\x12\x16\n\x0e\x64\x61\x65mon_version\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12\x12\n\ntier1_path\x18\x04 \x01(\t\x12\x18\n\x10tier1_used_bytes\x18\x05 \x01(\x04\x12\x18\n\x10tier1_free_bytes\x18\x06 \x01(\x04\x12\x1f\n\x17persistent_storage_path\x18\x07 \x01(\t\x12\x17\n\x0ftier2_reachable\x18\x08 \x01(\x08\x12\x13\n\x0btier2_error\x18\t \x01(\t\x12\x17\n\x0f\x63onditional_put\x18\n \x01(\x08\x12\x1a\n\x12memory_limit_bytes\x18\x0b \x01(\x04\x12\x1c\n\x14memory_granted_bytes\x18\x0c \x01(\x04\x12\x0f\n\x07\x63lients\x18\r \x01(\r\x12\x15\n\ropen_versions\x18\x0e \x01(\r\x12\x18\n\x10\x62\x61\x63klog_versions\x18\x0f \x01(\r\x12\x15\n\rbacklog_bytes\x18\x10 \x01(\x04\x12 \n\x18oldest_unpersisted_age_s\x18\x11 \x01(\x01\x12\x16\n\x0elast_persisted\x18\x12 \x01(\t\x12\x17\n\x0fverify_failures\x18\x13 \x01(\x04\x12\x15\n\rskipped_saves\x18\x14 \x01(\x04\x12\x14\n\x0c\x66\x61iled_saves\x18\x15 \x01(\x04\x12\x13\n\x0blost_claims\x18\x16 \x01(\x04\x12\x10\n\x08\x64raining\x18\x17 \x01(\x08\x12\x10\n\x08protocol\x18\x18 \x01(\r\x12\x10\n\x08problems\x18\x19 \x03(\t\"+\n\x0cWatchRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"\xb3\x01\n\x05\x45vent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06time_s\x18\x02 \x01(\x01\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0b\n\x03job\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12/\n\x06\x66ields\x18\x06 \x03(\x0b\x32\x1f.cairn_api.v1.Event.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\x86\x05\n\x05\x41\x64min\x12:\n\x04List\x12\x19.cairn_api.v1.ListRequest\x1a\x17.cairn_api.v1.ListReply\x12@\n\x08\x44\x65scribe\x12\x1d.cairn_api.v1.DescribeRequest\x1a\x15.cairn_api.v1.Version\x12\x45\n\x06Verify\x12\x1b.cairn_api.v1.VerifyRequest\x1a\x1c.cairn_api.v1.VerifyProgress0\x01\x12\x37\n\x03Pin\x12\x18.cairn_api.v1.PinRequest\x1a\x16.cairn_api.v1.PinReply\x12\x39\n\x05Unpin\x12\x18.cairn_api.v1.PinRequest\x1a\x16.cairn_api.v1.PinReply\x12=\n\x05Prune\x12\x1a.cairn_api.v1.PruneRequest\x1a\x18.cairn_api.v1.PruneReply\x12\x43\n\x07Persist\x12\x1c.cairn_api.v1.PersistRequest\x1a\x1a.cairn_api.v1.PersistReply\x12\x42\n\x05\x44rain\x12\x1a.cairn_api.v1.DrainRequest\x1a\x1b.cairn_api.v1.DrainProgress0\x01\x12@\n\x06Status\x12\x1b.cairn_api.v1.StatusRequest\x1a\x19.cairn_api.v1.StatusReply\x12:\n\x05Watch\x12\x1a.cairn_api.v1.WatchRequest\x1a\x13.cairn_api.v1.Event0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63\x61irn_api/v1/admin.proto\x12\x0c\x63\x61irn_api.v1\x1a\x18\x63\x61irn_api/v1/types.proto\".\n\x0bListRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\npartitions\x18\x02 \x01(\x08\"I\n\tListReply\x12\'\n\x08versions\x18\x01 \x03(\x0b\x32\x15.cairn_api.v1.Version\x12\x13\n\x0btier2_error\x18\x02 \x01(\t\"/\n\x0f\x44\x65scribeRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\";\n\rVerifyRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x65\x65p\x18\x03 \x01(\x08\"o\n\x07\x46inding\x12#\n\x02id\x18\x01 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12 \n\x04tier\x18\x02 \x01(\x0e\x32\x12.cairn_api.v1.Tier\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0f\n\x07problem\x18\x04 \x01(\t\"\x94\x01\n\x0eVerifyProgress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\'\n\x08\x66indings\x18\x03 \x03(\x0b\x32\x15.cairn_api.v1.Finding\x12\x18\n\x10versions_checked\x18\x04 \x01(\r\x12\x16\n\x0e\x63opies_checked\x18\x05 \x01(\r\":\n\nPinRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"@\n\x08PinReply\x12#\n\x02id\x18\x01 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08\";\n\x0bMarkRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"A\n\tMarkReply\x12#\n\x02id\x18\x01 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08\"=\n\x0cPruneRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x0f\n\x07version\x18\x03 \x01(\t\"\x82\x01\n\x08\x44\x65letion\x12\x0b\n\x03job\x18\x01 \x01(\t\x12#\n\x02id\x18\x02 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12 \n\x04tier\x18\x03 \x01(\x0e\x32\x12.cairn_api.v1.Tier\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06reason\x18\x05 \x01(\t\"H\n\nPruneReply\x12)\n\tdeletions\x18\x01 \x03(\x0b\x32\x16.cairn_api.v1.Deletion\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\".\n\x0ePersistRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"D\n\x0cPersistReply\x12#\n\x02id\x18\x01 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12\x0f\n\x07\x61lready\x18\x02 \x01(\x08\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"[\n\rDrainProgress\x12\x15\n\rversions_left\x18\x01 \x01(\r\x12\x12\n\nbytes_left\x18\x02 \x01(\x04\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\x12\x11\n\tabandoned\x18\x04 \x03(\t\"\x0f\n\rStatusRequest\"\xd3\x04\n\x0bStatusReply\x12\x16\n\x0e\x64\x61\x65mon_version\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12\x12\n\ntier1_path\x18\x04 \x01(\t\x12\x18\n\x10tier1_used_bytes\x18\x05 \x01(\x04\x12\x18\n\x10tier1_free_bytes\x18\x06 \x01(\x04\x12\x1f\n\x17persistent_storage_path\x18\x07 \x01(\t\x12\x17\n\x0ftier2_reachable\x18\x08 \x01(\x08\x12\x13\n\x0btier2_error\x18\t \x01(\t\x12\x17\n\x0f\x63onditional_put\x18\n \x01(\x08\x12\x1a\n\x12memory_limit_bytes\x18\x0b \x01(\x04\x12\x1c\n\x14memory_granted_bytes\x18\x0c \x01(\x04\x12\x0f\n\x07\x63lients\x18\r \x01(\r\x12\x15\n\ropen_versions\x18\x0e \x01(\r\x12\x18\n\x10\x62\x61\x63klog_versions\x18\x0f \x01(\r\x12\x15\n\rbacklog_bytes\x18\x10 \x01(\x04\x12 \n\x18oldest_unpersisted_age_s\x18\x11 \x01(\x01\x12\x16\n\x0elast_persisted\x18\x12 \x01(\t\x12\x17\n\x0fverify_failures\x18\x13 \x01(\x04\x12\x15\n\rskipped_saves\x18\x14 \x01(\x04\x12\x14\n\x0c\x66\x61iled_saves\x18\x15 \x01(\x04\x12\x13\n\x0blost_claims\x18\x16 \x01(\x04\x12\x10\n\x08\x64raining\x18\x17 \x01(\x08\x12\x10\n\x08protocol\x18\x18 \x01(\r\x12\x10\n\x08problems\x18\x19 \x03(\t\"+\n\x0cWatchRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"\xb3\x01\n\x05\x45vent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06time_s\x18\x02 \x01(\x01\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0b\n\x03job\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12/\n\x06\x66ields\x18\x06 \x03(\x0b\x32\x1f.cairn_api.v1.Event.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xc2\x05\n\x05\x41\x64min\x12:\n\x04List\x12\x19.cairn_api.v1.ListRequest\x1a\x17.cairn_api.v1.ListReply\x12@\n\x08\x44\x65scribe\x12\x1d.cairn_api.v1.DescribeRequest\x1a\x15.cairn_api.v1.Version\x12\x45\n\x06Verify\x12\x1b.cairn_api.v1.VerifyRequest\x1a\x1c.cairn_api.v1.VerifyProgress0\x01\x12\x37\n\x03Pin\x12\x18.cairn_api.v1.PinRequest\x1a\x16.cairn_api.v1.PinReply\x12\x39\n\x05Unpin\x12\x18.cairn_api.v1.PinRequest\x1a\x16.cairn_api.v1.PinReply\x12:\n\x04Mark\x12\x19.cairn_api.v1.MarkRequest\x1a\x17.cairn_api.v1.MarkReply\x12=\n\x05Prune\x12\x1a.cairn_api.v1.PruneRequest\x1a\x18.cairn_api.v1.PruneReply\x12\x43\n\x07Persist\x12\x1c.cairn_api.v1.PersistRequest\x1a\x1a.cairn_api.v1.PersistReply\x12\x42\n\x05\x44rain\x12\x1a.cairn_api.v1.DrainRequest\x1a\x1b.cairn_api.v1.DrainProgress0\x01\x12@\n\x06Status\x12\x1b.cairn_api.v1.StatusRequest\x1a\x19.cairn_api.v1.StatusReply\x12:\n\x05Watch\x12\x1a.cairn_api.v1.WatchRequest\x1a\x13.cairn_api.v1.Event0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,30 +40,34 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_PINREQUEST']._serialized_end=623
   _globals['_PINREPLY']._serialized_start=625
   _globals['_PINREPLY']._serialized_end=689
-  _globals['_PRUNEREQUEST']._serialized_start=691
-  _globals['_PRUNEREQUEST']._serialized_end=752
-  _globals['_DELETION']._serialized_start=755
-  _globals['_DELETION']._serialized_end=885
-  _globals['_PRUNEREPLY']._serialized_start=887
-  _globals['_PRUNEREPLY']._serialized_end=959
-  _globals['_PERSISTREQUEST']._serialized_start=961
-  _globals['_PERSISTREQUEST']._serialized_end=1007
-  _globals['_PERSISTREPLY']._serialized_start=1009
-  _globals['_PERSISTREPLY']._serialized_end=1077
-  _globals['_DRAINREQUEST']._serialized_start=1079
-  _globals['_DRAINREQUEST']._serialized_end=1112
-  _globals['_DRAINPROGRESS']._serialized_start=1114
-  _globals['_DRAINPROGRESS']._serialized_end=1205
-  _globals['_STATUSREQUEST']._serialized_start=1207
-  _globals['_STATUSREQUEST']._serialized_end=1222
-  _globals['_STATUSREPLY']._serialized_start=1225
-  _globals['_STATUSREPLY']._serialized_end=1820
-  _globals['_WATCHREQUEST']._serialized_start=1822
-  _globals['_WATCHREQUEST']._serialized_end=1865
-  _globals['_EVENT']._serialized_start=1868
-  _globals['_EVENT']._serialized_end=2047
-  _globals['_EVENT_FIELDSENTRY']._serialized_start=2002
-  _globals['_EVENT_FIELDSENTRY']._serialized_end=2047
-  _globals['_ADMIN']._serialized_start=2050
-  _globals['_ADMIN']._serialized_end=2696
+  _globals['_MARKREQUEST']._serialized_start=691
+  _globals['_MARKREQUEST']._serialized_end=750
+  _globals['_MARKREPLY']._serialized_start=752
+  _globals['_MARKREPLY']._serialized_end=817
+  _globals['_PRUNEREQUEST']._serialized_start=819
+  _globals['_PRUNEREQUEST']._serialized_end=880
+  _globals['_DELETION']._serialized_start=883
+  _globals['_DELETION']._serialized_end=1013
+  _globals['_PRUNEREPLY']._serialized_start=1015
+  _globals['_PRUNEREPLY']._serialized_end=1087
+  _globals['_PERSISTREQUEST']._serialized_start=1089
+  _globals['_PERSISTREQUEST']._serialized_end=1135
+  _globals['_PERSISTREPLY']._serialized_start=1137
+  _globals['_PERSISTREPLY']._serialized_end=1205
+  _globals['_DRAINREQUEST']._serialized_start=1207
+  _globals['_DRAINREQUEST']._serialized_end=1240
+  _globals['_DRAINPROGRESS']._serialized_start=1242
+  _globals['_DRAINPROGRESS']._serialized_end=1333
+  _globals['_STATUSREQUEST']._serialized_start=1335
+  _globals['_STATUSREQUEST']._serialized_end=1350
+  _globals['_STATUSREPLY']._serialized_start=1353
+  _globals['_STATUSREPLY']._serialized_end=1948
+  _globals['_WATCHREQUEST']._serialized_start=1950
+  _globals['_WATCHREQUEST']._serialized_end=1993
+  _globals['_EVENT']._serialized_start=1996
+  _globals['_EVENT']._serialized_end=2175
+  _globals['_EVENT_FIELDSENTRY']._serialized_start=2130
+  _globals['_EVENT_FIELDSENTRY']._serialized_end=2175
+  _globals['_ADMIN']._serialized_start=2178
+  _globals['_ADMIN']._serialized_end=2884
 # @@protoc_insertion_point(module_scope)

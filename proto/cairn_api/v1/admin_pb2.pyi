@@ -84,6 +84,24 @@ class PinReply(_message.Message):
     changed: bool
     def __init__(self, id: _Optional[_Union[_types_pb2.VersionId, _Mapping]] = ..., changed: bool = ...) -> None: ...
 
+class MarkRequest(_message.Message):
+    __slots__ = ("job", "version", "reason")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    version: str
+    reason: str
+    def __init__(self, job: _Optional[str] = ..., version: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class MarkReply(_message.Message):
+    __slots__ = ("id", "changed")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    id: _types_pb2.VersionId
+    changed: bool
+    def __init__(self, id: _Optional[_Union[_types_pb2.VersionId, _Mapping]] = ..., changed: bool = ...) -> None: ...
+
 class PruneRequest(_message.Message):
     __slots__ = ("job", "dry_run", "version")
     JOB_FIELD_NUMBER: _ClassVar[int]

@@ -40,6 +40,11 @@ class AdminStub(object):
                 request_serializer=cairn__api_dot_v1_dot_admin__pb2.PinRequest.SerializeToString,
                 response_deserializer=cairn__api_dot_v1_dot_admin__pb2.PinReply.FromString,
                 )
+        self.Mark = channel.unary_unary(
+                '/cairn_api.v1.Admin/Mark',
+                request_serializer=cairn__api_dot_v1_dot_admin__pb2.MarkRequest.SerializeToString,
+                response_deserializer=cairn__api_dot_v1_dot_admin__pb2.MarkReply.FromString,
+                )
         self.Prune = channel.unary_unary(
                 '/cairn_api.v1.Admin/Prune',
                 request_serializer=cairn__api_dot_v1_dot_admin__pb2.PruneRequest.SerializeToString,
@@ -101,6 +106,13 @@ class AdminServicer(object):
 
     def Unpin(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Mark(self, request, context):
+        """Has automatic resume pass a version over, or no longer: a training may die on bytes that are intact.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -167,6 +179,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Unpin,
                     request_deserializer=cairn__api_dot_v1_dot_admin__pb2.PinRequest.FromString,
                     response_serializer=cairn__api_dot_v1_dot_admin__pb2.PinReply.SerializeToString,
+            ),
+            'Mark': grpc.unary_unary_rpc_method_handler(
+                    servicer.Mark,
+                    request_deserializer=cairn__api_dot_v1_dot_admin__pb2.MarkRequest.FromString,
+                    response_serializer=cairn__api_dot_v1_dot_admin__pb2.MarkReply.SerializeToString,
             ),
             'Prune': grpc.unary_unary_rpc_method_handler(
                     servicer.Prune,
@@ -285,6 +302,23 @@ class Admin(object):
         return grpc.experimental.unary_unary(request, target, '/cairn_api.v1.Admin/Unpin',
             cairn__api_dot_v1_dot_admin__pb2.PinRequest.SerializeToString,
             cairn__api_dot_v1_dot_admin__pb2.PinReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Mark(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/cairn_api.v1.Admin/Mark',
+            cairn__api_dot_v1_dot_admin__pb2.MarkRequest.SerializeToString,
+            cairn__api_dot_v1_dot_admin__pb2.MarkReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

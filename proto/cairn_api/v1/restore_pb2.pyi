@@ -95,3 +95,21 @@ class EndFetchRequest(_message.Message):
 class EndFetchReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class NoteResumeRequest(_message.Message):
+    __slots__ = ("job", "id", "attempt", "ended")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    id: _types_pb2.VersionId
+    attempt: str
+    ended: bool
+    def __init__(self, job: _Optional[str] = ..., id: _Optional[_Union[_types_pb2.VersionId, _Mapping]] = ..., attempt: _Optional[str] = ..., ended: bool = ...) -> None: ...
+
+class NoteResumeReply(_message.Message):
+    __slots__ = ("died_in_a_row",)
+    DIED_IN_A_ROW_FIELD_NUMBER: _ClassVar[int]
+    died_in_a_row: int
+    def __init__(self, died_in_a_row: _Optional[int] = ...) -> None: ...

@@ -34,6 +34,11 @@ class RestoreStub(object):
                 request_serializer=cairn__api_dot_v1_dot_restore__pb2.EndFetchRequest.SerializeToString,
                 response_deserializer=cairn__api_dot_v1_dot_restore__pb2.EndFetchReply.FromString,
                 )
+        self.NoteResume = channel.unary_unary(
+                '/cairn_api.v1.Restore/NoteResume',
+                request_serializer=cairn__api_dot_v1_dot_restore__pb2.NoteResumeRequest.SerializeToString,
+                response_deserializer=cairn__api_dot_v1_dot_restore__pb2.NoteResumeReply.FromString,
+                )
 
 
 class RestoreServicer(object):
@@ -69,6 +74,14 @@ class RestoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def NoteResume(self, request, context):
+        """Says that this launch goes on from a version that was chosen automatically, or that it ended without an error. A
+        version on which several launches in a row died before they saved anything is passed over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RestoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -91,6 +104,11 @@ def add_RestoreServicer_to_server(servicer, server):
                     servicer.EndFetch,
                     request_deserializer=cairn__api_dot_v1_dot_restore__pb2.EndFetchRequest.FromString,
                     response_serializer=cairn__api_dot_v1_dot_restore__pb2.EndFetchReply.SerializeToString,
+            ),
+            'NoteResume': grpc.unary_unary_rpc_method_handler(
+                    servicer.NoteResume,
+                    request_deserializer=cairn__api_dot_v1_dot_restore__pb2.NoteResumeRequest.FromString,
+                    response_serializer=cairn__api_dot_v1_dot_restore__pb2.NoteResumeReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -167,5 +185,22 @@ class Restore(object):
         return grpc.experimental.unary_unary(request, target, '/cairn_api.v1.Restore/EndFetch',
             cairn__api_dot_v1_dot_restore__pb2.EndFetchRequest.SerializeToString,
             cairn__api_dot_v1_dot_restore__pb2.EndFetchReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def NoteResume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/cairn_api.v1.Restore/NoteResume',
+            cairn__api_dot_v1_dot_restore__pb2.NoteResumeRequest.SerializeToString,
+            cairn__api_dot_v1_dot_restore__pb2.NoteResumeReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63\x61irn_api/v1/types.proto\x12\x0c\x63\x61irn_api.v1\"\xa6\x01\n\tErrorInfo\x12\x13\n\x0b\x65rror_class\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04hint\x18\x03 \x01(\t\x12\x35\n\x07\x63ontext\x18\x04 \x03(\x0b\x32$.cairn_api.v1.ErrorInfo.ContextEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"9\n\tVersionId\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x0b\n\x03tag\x18\x03 \x01(\t\"m\n\tPartition\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x11\n\tcrc64nvme\x18\x05 \x01(\x06\x12\x0f\n\x07globals\x18\x06 \x03(\t\"_\n\x04\x43opy\x12 \n\x04tier\x18\x01 \x01(\x0e\x32\x12.cairn_api.v1.Tier\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.cairn_api.v1.CopyState\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"\xd5\x03\n\x07Version\x12\x0b\n\x03job\x18\x01 \x01(\t\x12#\n\x02id\x18\x02 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.cairn_api.v1.VersionState\x12\x10\n\x08save_dir\x18\x04 \x01(\t\x12\r\n\x05nonce\x18\x05 \x01(\t\x12\x12\n\nworld_size\x18\x06 \x01(\r\x12\r\n\x05ranks\x18\x07 \x03(\r\x12\x0f\n\x07persist\x18\x08 \x01(\x08\x12\x0e\n\x06pinned\x18\t \x01(\x08\x12\x11\n\tcreated_s\x18\n \x01(\x01\x12\x12\n\nsize_bytes\x18\x0b \x01(\x04\x12\"\n\x06\x63opies\x18\x0c \x03(\x0b\x32\x12.cairn_api.v1.Copy\x12+\n\npartitions\x18\r \x03(\x0b\x32\x17.cairn_api.v1.Partition\x12\x0e\n\x06reason\x18\x0e \x01(\t\x12\x12\n\nfile_marks\x18\x0f \x01(\x08\x12\x39\n\nattributes\x18\x10 \x03(\x0b\x32%.cairn_api.v1.Version.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\xcf\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12VERSION_STATE_OPEN\x10\x01\x12\x18\n\x14VERSION_STATE_SEALED\x10\x02\x12\x1b\n\x17VERSION_STATE_COMMITTED\x10\x03\x12\x1a\n\x16VERSION_STATE_DELETING\x10\x04\x12\x19\n\x15VERSION_STATE_ABORTED\x10\x05\x12\x1a\n\x16VERSION_STATE_PREPARED\x10\x06*\x9e\x01\n\tCopyState\x12\x1a\n\x16\x43OPY_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43OPY_STATE_ABSENT\x10\x01\x12\x16\n\x12\x43OPY_STATE_COPYING\x10\x02\x12\x17\n\x13\x43OPY_STATE_VERIFIED\x10\x03\x12\x15\n\x11\x43OPY_STATE_FAILED\x10\x04\x12\x16\n\x12\x43OPY_STATE_EVICTED\x10\x05*\\\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_MEMORY\x10\x01\x12\x0e\n\nTIER_TIER1\x10\x02\x12\r\n\tTIER_PEER\x10\x03\x12\x0e\n\nTIER_TIER2\x10\x04*m\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44URABILITY_CAPTURED\x10\x01\x12\x14\n\x10\x44URABILITY_TIER1\x10\x02\x12\x14\n\x10\x44URABILITY_TIER2\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63\x61irn_api/v1/types.proto\x12\x0c\x63\x61irn_api.v1\"\xa6\x01\n\tErrorInfo\x12\x13\n\x0b\x65rror_class\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04hint\x18\x03 \x01(\t\x12\x35\n\x07\x63ontext\x18\x04 \x03(\x0b\x32$.cairn_api.v1.ErrorInfo.ContextEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"9\n\tVersionId\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x0b\n\x03tag\x18\x03 \x01(\t\"m\n\tPartition\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x11\n\tcrc64nvme\x18\x05 \x01(\x06\x12\x0f\n\x07globals\x18\x06 \x03(\t\"p\n\x04\x43opy\x12 \n\x04tier\x18\x01 \x01(\x0e\x32\x12.cairn_api.v1.Tier\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.cairn_api.v1.CopyState\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x61maged\x18\x04 \x01(\x08\"\xea\x03\n\x07Version\x12\x0b\n\x03job\x18\x01 \x01(\t\x12#\n\x02id\x18\x02 \x01(\x0b\x32\x17.cairn_api.v1.VersionId\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.cairn_api.v1.VersionState\x12\x10\n\x08save_dir\x18\x04 \x01(\t\x12\r\n\x05nonce\x18\x05 \x01(\t\x12\x12\n\nworld_size\x18\x06 \x01(\r\x12\r\n\x05ranks\x18\x07 \x03(\r\x12\x0f\n\x07persist\x18\x08 \x01(\x08\x12\x0e\n\x06pinned\x18\t \x01(\x08\x12\x11\n\tcreated_s\x18\n \x01(\x01\x12\x12\n\nsize_bytes\x18\x0b \x01(\x04\x12\"\n\x06\x63opies\x18\x0c \x03(\x0b\x32\x12.cairn_api.v1.Copy\x12+\n\npartitions\x18\r \x03(\x0b\x32\x17.cairn_api.v1.Partition\x12\x0e\n\x06reason\x18\x0e \x01(\t\x12\x12\n\nfile_marks\x18\x0f \x01(\x08\x12\x39\n\nattributes\x18\x10 \x03(\x0b\x32%.cairn_api.v1.Version.AttributesEntry\x12\x13\n\x0bpassed_over\x18\x11 \x01(\t\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\xcf\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12VERSION_STATE_OPEN\x10\x01\x12\x18\n\x14VERSION_STATE_SEALED\x10\x02\x12\x1b\n\x17VERSION_STATE_COMMITTED\x10\x03\x12\x1a\n\x16VERSION_STATE_DELETING\x10\x04\x12\x19\n\x15VERSION_STATE_ABORTED\x10\x05\x12\x1a\n\x16VERSION_STATE_PREPARED\x10\x06*\x9e\x01\n\tCopyState\x12\x1a\n\x16\x43OPY_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43OPY_STATE_ABSENT\x10\x01\x12\x16\n\x12\x43OPY_STATE_COPYING\x10\x02\x12\x17\n\x13\x43OPY_STATE_VERIFIED\x10\x03\x12\x15\n\x11\x43OPY_STATE_FAILED\x10\x04\x12\x16\n\x12\x43OPY_STATE_EVICTED\x10\x05*\\\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_MEMORY\x10\x01\x12\x0e\n\nTIER_TIER1\x10\x02\x12\r\n\tTIER_PEER\x10\x03\x12\x0e\n\nTIER_TIER2\x10\x04*m\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44URABILITY_CAPTURED\x10\x01\x12\x14\n\x10\x44URABILITY_TIER1\x10\x02\x12\x14\n\x10\x44URABILITY_TIER2\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -25,14 +25,14 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_ERRORINFO_CONTEXTENTRY']._serialized_options = b'8\001'
   _globals['_VERSION_ATTRIBUTESENTRY']._options = None
   _globals['_VERSION_ATTRIBUTESENTRY']._serialized_options = b'8\001'
-  _globals['_VERSIONSTATE']._serialized_start=951
-  _globals['_VERSIONSTATE']._serialized_end=1158
-  _globals['_COPYSTATE']._serialized_start=1161
-  _globals['_COPYSTATE']._serialized_end=1319
-  _globals['_TIER']._serialized_start=1321
-  _globals['_TIER']._serialized_end=1413
-  _globals['_DURABILITY']._serialized_start=1415
-  _globals['_DURABILITY']._serialized_end=1524
+  _globals['_VERSIONSTATE']._serialized_start=989
+  _globals['_VERSIONSTATE']._serialized_end=1196
+  _globals['_COPYSTATE']._serialized_start=1199
+  _globals['_COPYSTATE']._serialized_end=1357
+  _globals['_TIER']._serialized_start=1359
+  _globals['_TIER']._serialized_end=1451
+  _globals['_DURABILITY']._serialized_start=1453
+  _globals['_DURABILITY']._serialized_end=1562
   _globals['_ERRORINFO']._serialized_start=43
   _globals['_ERRORINFO']._serialized_end=209
   _globals['_ERRORINFO_CONTEXTENTRY']._serialized_start=163
@@ -42,9 +42,9 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_PARTITION']._serialized_start=270
   _globals['_PARTITION']._serialized_end=379
   _globals['_COPY']._serialized_start=381
-  _globals['_COPY']._serialized_end=476
-  _globals['_VERSION']._serialized_start=479
-  _globals['_VERSION']._serialized_end=948
-  _globals['_VERSION_ATTRIBUTESENTRY']._serialized_start=899
-  _globals['_VERSION_ATTRIBUTESENTRY']._serialized_end=948
+  _globals['_COPY']._serialized_end=493
+  _globals['_VERSION']._serialized_start=496
+  _globals['_VERSION']._serialized_end=986
+  _globals['_VERSION_ATTRIBUTESENTRY']._serialized_start=937
+  _globals['_VERSION_ATTRIBUTESENTRY']._serialized_end=986
 # @@protoc_insertion_point(module_scope)

@@ -108,17 +108,19 @@ class Partition(_message.Message):
     def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., rank: _Optional[int] = ..., size_bytes: _Optional[int] = ..., crc64nvme: _Optional[int] = ..., globals: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Copy(_message.Message):
-    __slots__ = ("tier", "state", "error")
+    __slots__ = ("tier", "state", "error", "damaged")
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     state: CopyState
     error: str
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., state: _Optional[_Union[CopyState, str]] = ..., error: _Optional[str] = ...) -> None: ...
+    damaged: bool
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., state: _Optional[_Union[CopyState, str]] = ..., error: _Optional[str] = ..., damaged: bool = ...) -> None: ...
 
 class Version(_message.Message):
-    __slots__ = ("job", "id", "state", "save_dir", "nonce", "world_size", "ranks", "persist", "pinned", "created_s", "size_bytes", "copies", "partitions", "reason", "file_marks", "attributes")
+    __slots__ = ("job", "id", "state", "save_dir", "nonce", "world_size", "ranks", "persist", "pinned", "created_s", "size_bytes", "copies", "partitions", "reason", "file_marks", "attributes", "passed_over")
     class AttributesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +144,7 @@ class Version(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     FILE_MARKS_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    PASSED_OVER_FIELD_NUMBER: _ClassVar[int]
     job: str
     id: VersionId
     state: VersionState
@@ -158,4 +161,5 @@ class Version(_message.Message):
     reason: str
     file_marks: bool
     attributes: _containers.ScalarMap[str, str]
-    def __init__(self, job: _Optional[str] = ..., id: _Optional[_Union[VersionId, _Mapping]] = ..., state: _Optional[_Union[VersionState, str]] = ..., save_dir: _Optional[str] = ..., nonce: _Optional[str] = ..., world_size: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., persist: bool = ..., pinned: bool = ..., created_s: _Optional[float] = ..., size_bytes: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ..., partitions: _Optional[_Iterable[_Union[Partition, _Mapping]]] = ..., reason: _Optional[str] = ..., file_marks: bool = ..., attributes: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    passed_over: str
+    def __init__(self, job: _Optional[str] = ..., id: _Optional[_Union[VersionId, _Mapping]] = ..., state: _Optional[_Union[VersionState, str]] = ..., save_dir: _Optional[str] = ..., nonce: _Optional[str] = ..., world_size: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., persist: bool = ..., pinned: bool = ..., created_s: _Optional[float] = ..., size_bytes: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ..., partitions: _Optional[_Iterable[_Union[Partition, _Mapping]]] = ..., reason: _Optional[str] = ..., file_marks: bool = ..., attributes: _Optional[_Mapping[str, str]] = ..., passed_over: _Optional[str] = ...) -> None: ...

@@ -30,7 +30,7 @@ async def saved(lab: Lab, *, persist: bool = True) -> VersionId:
 
 def record(lab: Lab, version: VersionId) -> dict[str, str]:
     path = lab.tier1 / layout.health(JOB, version)
-    return json.loads(path.read_text())["damaged"] if path.exists() else {}
+    return dict(json.loads(path.read_text())["damaged"]) if path.exists() else {}
 
 
 def damaged(lab: Lab, version: VersionId, tier: Tier) -> bool:
@@ -182,3 +182,54 @@ async def test_a_damaged_record_is_left_for_the_operator(make_lab: MakeLab) -> N
     await lab.restart()
     assert any("health" in line for line in lab.app.left_alone)
     assert lab.version(version).has(Tier.TIER1)
+
+
+async def test_a_version_on_which_resumes_die_is_passed_over_and_stays_so(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, pass_over_after_resumes=2, **STILL)
+    version = await saved(lab, persist=False)
+    for number in range(2):
+        assert not lab.version(version).passed_over
+        client = lab.app.clients.connect(0, 0, 1)
+        assert await lab.app.health.resume_began(client.number, lab.version(version), f"attempt {number}") == number
+        lab.app._on_client_gone(client)
+        if not number:
+            await lab.restart()
+    assert lab.version(version).passed_over == "2 resumes in a row died on it before they had saved anything"
+    assert [event.version for event in lab.events("version_passed_over")] == [str(version)]
+    await lab.restart()
+    assert lab.version(version).passed_over
+    assert any("cairn mark" in problem for problem in (await lab.app.reporter.status()).problems)
+    assert lab.app.health.mark(lab.version(version), "")
+    await lab.restart()
+    assert not lab.version(version).passed_over
+    assert record(lab, version) == {}
+
+
+async def test_resumes_that_end_well_or_save_or_live_do_not_count(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, pass_over_after_resumes=1, **STILL)
+    version = await saved(lab, persist=False)
+    ends_well, saves = lab.app.clients.connect(0, 0, 1), lab.app.clients.connect(0, 0, 1)
+    await lab.app.health.resume_began(ends_well.number, lab.version(version), "ends well")
+    lab.app.health.judge(JOB)
+    lab.app.health.resume_ended(ends_well.number)
+    lab.app._on_client_gone(ends_well)
+    assert await lab.app.health.resume_began(saves.number, lab.version(version), "saves") == 0
+    (rank,) = await Rank.launch(lab)
+    await rank.save(PARTS)
+    lab.app._on_client_gone(saves)
+    assert not lab.version(version).passed_over
+
+
+async def test_a_resume_that_died_with_the_daemon_is_judged_when_somebody_chooses(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, pass_over_after_resumes=1, **STILL)
+    version = await saved(lab, persist=False)
+    client = lab.app.clients.connect(0, 0, 1)
+    await lab.app.health.resume_began(client.number, lab.version(version), "one")
+    await lab.restart()
+    again = lab.app.clients.connect(0, 0, 1)
+    await lab.app.health.resume_began(again.number, lab.version(version), "one")  # the same process, told again
+    lab.app.health.judge(JOB)
+    assert not lab.version(version).passed_over
+    await lab.restart()
+    lab.app.health.judge(JOB)
+    assert lab.version(version).passed_over

@@ -17,7 +17,13 @@ def at(sequence: int, epoch: int = 1) -> VersionId:
 
 ids = st.builds(VersionId, st.integers(1, 3), st.integers(1, 12), st.just("t"))
 copies = st.builds(
-    Held, ids, st.integers(1, 100), st.floats(0, 1e6, allow_nan=False), protected=st.booleans(), waiting=st.booleans()
+    Held,
+    ids,
+    st.integers(1, 100),
+    st.floats(0, 1e6, allow_nan=False),
+    protected=st.booleans(),
+    waiting=st.booleans(),
+    passed_over=st.booleans(),
 )
 helds = st.lists(copies, max_size=20, unique_by=lambda item: item.id)
 policies = st.builds(Policy, st.integers(1, 5), st.integers(0, 4), st.sampled_from([0.0, 10.0, 1000.0]))
@@ -28,7 +34,7 @@ floors = st.none() | ids
 def test_what_must_stay_is_never_chosen(held: list[Held], policy: Policy, floor: VersionId | None) -> None:
     by_id = {item.id: item for item in held}
     evictions = plan(held, policy, floor)
-    newest = sorted(by_id, reverse=True)
+    newest = sorted((item.id for item in held if not item.passed_over), reverse=True)
     for eviction in evictions:
         item = by_id[eviction.id]
         assert not item.protected
@@ -53,12 +59,13 @@ def test_applying_a_plan_leaves_nothing_to_do_and_never_nothing(
 
 @given(helds, st.integers(1, 5), floors)
 def test_everything_else_goes(held: list[Held], keep: int, floor: VersionId | None) -> None:
-    newest = sorted((item.id for item in held), reverse=True)[:keep]
+    counted = sorted((item.id for item in held if not item.passed_over), reverse=True)[:keep]
     may_go = {
         item.id
         for item in held
-        if floor and item.id < floor and item.id not in newest and not item.protected and not item.waiting
-    }
+        if floor and item.id < floor and not item.protected and not item.waiting
+        and len(counted) == keep and item.id < counted[-1]
+    }  # fmt: skip
     assert {item.id for item in plan(held, Policy(keep), floor)} == may_go
 
 
@@ -103,3 +110,10 @@ def test_every_nth_and_one_per_period_are_kept_besides() -> None:
 def test_a_policy_that_keeps_nothing_is_refused(keep: int) -> None:
     with pytest.raises(ConfigurationError, match="refused"):
         Policy(keep)
+
+
+def test_what_automatic_resume_passes_over_is_not_counted_and_stays_beside_what_is() -> None:
+    good = [Held(at(number), 1, 0.0) for number in (1, 2, 4)]
+    bad = [Held(at(number), 1, 0.0, passed_over=True) for number in (3, 5)]
+    assert [item.id for item in plan([*good, *bad], Policy(keep_last=2), at(5))] == [at(1)]
+    assert plan([good[0], *bad], Policy(keep_last=2), at(5)) == []

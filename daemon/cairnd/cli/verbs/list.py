@@ -1,12 +1,14 @@
 """Show versions, newest first.
 
 STATE is where a version stands. TIERS names where its bytes are: mem (memory), t1 (local disk), peer, t2 (object
-storage); t2~ is being copied, t2! failed (`cairn show` says why). A version that is `waiting` is on its way to tier 2.
+storage); t2~ is being copied, t2! failed (`cairn show` says why). A version that is `waiting` is on its way to tier 2;
+one that is `passed-over` is not taken by automatic resume (`cairn mark`).
 Long tags are shortened; e00007-s000042 alone is enough to name a version to any other verb.
 
 JSON: {"versions": [VERSION, ...], "warnings": [text, ...]} with VERSION =
 {"job", "tag", "epoch", "sequence", "version", "state", "size_bytes", "created_s", "world_size", "ranks": [int, ...],
-"persist": bool, "pinned": bool, "save_dir", "copies": {TIER: {"state", "error"}}}.
+"persist": bool, "pinned": bool, "passed_over": text, "save_dir",
+"copies": {TIER: {"state", "error", "damaged": bool}}}.
 """
 
 from __future__ import annotations
@@ -48,26 +50,31 @@ def run(invocation: Invocation) -> int:
         return 0
     for warning in listing.warnings:
         output.warn(warning)
-    output.lines(render(listing.versions, invocation.now_s, None if invocation.arguments.wide else WIDTH))
+    width = None if invocation.arguments.wide else WIDTH
+    output.lines(render(listing.versions, invocation.now_s, width, knows_tier2=listing.knows_tier2))
     return 0
 
 
-def render(versions: list[Listed], now_s: float, width: int | None = WIDTH) -> list[str]:
-    """A table per job."""
+def render(versions: list[Listed], now_s: float, width: int | None = WIDTH, *, knows_tier2: bool = True) -> list[str]:
+    """A table per job. Nothing is shown as waiting where nobody knows what is in tier 2."""
     if not versions:
         return ["There are no versions."]
     lines: list[str] = []
     for job, group in groupby(versions, key=lambda item: item.version.job):
         items = list(group)
-        rows = [_row(item, now_s) for item in items]
+        rows = [_row(item, now_s, knows_tier2=knows_tier2) for item in items]
         title = table([Column(f"job {job}", shrinks=True)], [], width)
         lines += [*([""] if lines else []), *title, *table(_COLUMNS, rows, width)]
     return lines
 
 
-def _row(item: Listed, now_s: float) -> tuple[str, ...]:
+def _row(item: Listed, now_s: float, *, knows_tier2: bool) -> tuple[str, ...]:
     version = item.version
-    flags = [*(["pinned"] if version.pinned else []), *(["waiting"] if waiting(version) else [])]
+    flags = [
+        *(["pinned"] if version.pinned else []),
+        *(["waiting"] if knows_tier2 and waiting(version) else []),
+        *(["passed-over"] if version.passed_over else []),
+    ]
     age = age_text(now_s - version.created_s) if version.created_s else "?"
     return str(version.id), version.state.value, size_text(item.size_bytes), tiers_text(version), age, " ".join(flags)
 

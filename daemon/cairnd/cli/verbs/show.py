@@ -93,6 +93,7 @@ def render(version: Version, now_s: float) -> list[str]:
         "launch": version.nonce,
         "persist": "yes" if version.wants_tier2 else "no",
         "pinned": "yes" if version.pinned else "no",
+        **({"passed over": version.passed_over} if version.passed_over else {}),
         **dict(sorted(version.attributes.items())),
     }
     lines: list[str] = []

@@ -1,0 +1,44 @@
+"""Have automatic resume pass a version over, or take it again.
+
+A version whose bytes are intact may still be one to stay away from: its loss has exploded, or trainings die on it. The
+daemon itself marks one on which several launches in a row died before they had saved anything (the setting
+pass_over_after_resumes). A version that is passed over is still loaded by name.
+
+VERSION is a version's name or a tag (its newest version).
+
+JSON: {"job", "tag", "epoch", "sequence", "version", "passed_over": text, "changed": bool}.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+
+from cairnd.cli import translate
+from cairnd.cli.documents import name_document
+from cairnd.cli.invocation import Invocation
+
+NAME = "mark"
+HELP = "have automatic resume pass a version over, or take it again"
+
+
+def configure(parser: ArgumentParser) -> None:
+    parser.add_argument("version", metavar="VERSION", help="a version's name, or a tag")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--pass-over", metavar="REASON", help="pass it over; the reason is shown to whoever wonders later")
+    how.add_argument("--sound", action="store_true", help="take it again")
+
+
+def run(invocation: Invocation) -> int:
+    arguments = invocation.arguments
+    daemon, job = invocation.daemon(), invocation.job()
+    reason = "" if arguments.sound else arguments.pass_over or "no reason was given"
+    reply = daemon.mark(job, invocation.version(job, arguments.version), reason)
+    version = translate.version_id(reply.id)
+    if invocation.output.as_json:
+        invocation.output.json({**name_document(job, version), "passed_over": reason, "changed": reply.changed})
+    elif reason:
+        invocation.output.text(f"Automatic resume passes {version} over.")
+    else:
+        verdict = f"Automatic resume takes {version} again." if reply.changed else f"{version} was not marked."
+        invocation.output.text(verdict)
+    return 0
