@@ -22,6 +22,7 @@ Key: TypeAlias = tuple[VersionId, str]
 """A version and the nonce of the launch that wrote it: two launches can have made the same name."""
 
 _MOST_REASONS = 5
+_NO_COPY = "no copy can be read: all are damaged, or it was lost before it reached tier 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,19 +118,23 @@ def choose(
     asked.sort(key=lambda item: item.key, reverse=True)
     automatic = tag is None and exactly is None
     superseded = _superseded(inventories) if automatic else None
+    unhealthy = sorted(
+        (
+            version
+            for version in {parse_version(name) for inventory in inventories for name in inventory["unhealthy"]}
+            if tag in (None, version.tag) and exactly in (None, version)
+        ),
+        reverse=True,
+    )
     reasons: list[str] = []
     for item in sorted(asked, key=lambda item: automatic and bool(item.passed_over)):
         reason = _obstacle(item, len(inventories), reads, bad, superseded)
         if reason is None:
             marked = [other for other in asked if automatic and other.passed_over and other.key > item.key]
-            return Choice(item, (*(f"{other.version}: {other.passed_over}" for other in marked), *reasons))
+            unread = [f"{version}: {_NO_COPY}" for version in unhealthy if version > item.version]
+            return Choice(item, (*unread, *(f"{other.version}: {other.passed_over}" for other in marked), *reasons))
         reasons.append(f"{item.version}: {reason}")
-    unhealthy = {name for inventory in inventories for name in inventory["unhealthy"]}
-    reasons += [
-        f"{name}: no copy can be read"
-        for name in sorted(unhealthy, reverse=True)
-        if tag in (None, parse_version(name).tag) and exactly in (None, parse_version(name))
-    ]
+    reasons += [f"{version}: {_NO_COPY}" for version in unhealthy]
     tier2_error = next((item["tier2_error"] for item in inventories if item["tier2_error"]), "")
     _refuse(reasons, tier2_error, str(exactly) if exactly else tag, known)
     return None

@@ -43,7 +43,7 @@ class App(Core):
         settings, clock, events, metrics = self.settings, self.clock, self.events, self.metrics
         self.reporter = Reporter(
             self.node, clock, self.catalog, self.clients, self.memory, self.saves, self.keeper, self.replicator,
-            self.storage, self.tier1, self._disk, metrics, self.left_alone,
+            self.storage, self.tier1, self._disk, self.health, metrics, self.left_alone,
         )  # fmt: skip
         save_service = SaveService(
             self.node, settings.tier1_path, settings.lease_s, settings.protect_files, self.clients, self.launches,
@@ -64,8 +64,8 @@ class App(Core):
             save_service,
             restore_service,
             AdminService(
-                self.clients, self.catalog, self.jobs, self.inventory, self.keeper, self.persistence, self.drainer, self.health,
-                self.verification, self.reporter, events,
+                self.clients, self.catalog, self.jobs, self.inventory, self.keeper, self.persistence, self.drainer,
+                self.health, self.verification, self.reporter, events,
             ),
         )  # fmt: skip
 

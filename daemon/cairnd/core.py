@@ -117,7 +117,8 @@ class Core:
             self._fs, self.tier1, self.hashing, clock, metrics, always=settings.verify_on_load == "always"
         )
         self.health = HealthBook(
-            self.catalog, self.tier1, self.verified, self._disk, clock, events, most_resumes=settings.pass_over_after_resumes
+            self.catalog, self.tier1, self.verified, self._disk, clock, events,
+            most_resumes=settings.pass_over_after_resumes,
         )  # fmt: skip
         if settings.persistent_storage_path:
             self._open_store(settings.persistent_storage_path)  # a URL that can never work is refused now
@@ -229,6 +230,7 @@ class Core:
         for key, why in recovered.quarantined:
             self.health.note_missing(*layout.version_of(key), f"its manifest was damaged: {why}")
             self.events.publish("manifest_quarantined", key=key, reason=why)
+            self.metrics.verify_failures.labels(Tier.TIER1).inc()
             self.left_alone.append(f"{key} was moved to {layout.QUARANTINE}: {why}; look at it, then delete it")
         self.inventory.note_unreadable(recovered.unreadable)
         for key in self.jobs.load():
@@ -236,6 +238,7 @@ class Core:
         for version in recovered.versions:
             self.catalog.add(version)
             if version.copy(Tier.TIER1).state is CopyState.FAILED:
+                self.metrics.verify_failures.labels(Tier.TIER1).inc()
                 self.events.publish(
                     "copy_failed", version.job, version.id, tier=Tier.TIER1, error=version.copy(Tier.TIER1).error
                 )
@@ -297,6 +300,8 @@ class Core:
     async def _finish_jobs(self) -> None:
         """Ranks that ended while no daemon ran: their job's newest version must reach tier 2 all the same."""
         await self.clock.sleep(self.settings.lease_s)
+        for job, version_id in self.health.lost():
+            self.events.publish("version_lost", job, version_id, reason="captured, and not yet in tier 1")
         for job in self.catalog.jobs():
             if not self._is_training(job):
                 await self._persist_newest(job)

@@ -8,7 +8,7 @@ Tier 1 (below ``tier1_path``; keys are relative to it)::
       jobs/<job>.json                  what the job's policy was: storage location, retention, owner
       pins/<job>/<version>.json        exemptions from retention
       requests/<job>/<version>.json    "persist this", asked for after the save
-      health/<job>/<version>.json      which of its copies were found damaged, and how
+      health/<job>/<version>.json      what is known against it: damage, resumes that died, loss
       quarantine/<n>/<key>             damaged copies, kept for the operator
       fetched/<source>/<job>/<version> read from another bucket (``load_path``); swept at start
     jobs/
@@ -17,6 +17,7 @@ Tier 1 (below ``tier1_path``; keys are relative to it)::
           <partition>                  plain torch.save files; ``by-rank/<rank>/<name>`` if two ranks share a name
           .cairn/
             incoming/<n>               partitions being written or downloaded
+            incoming/sealed            all ranks agreed: it was captured, and is lost if it is swept
             manifest.json              the node's manifest: its presence is what makes the version exist here
 
 Bucket (below ``persistent_storage_path``)::
@@ -98,6 +99,10 @@ def incoming(job: str, version: VersionId, number: int) -> str:
 
 def incoming_folder(job: str, version: VersionId) -> str:
     return f"{version_folder(job, version)}/{RESERVED_NAME}/incoming"
+
+
+def sealed(job: str, version: VersionId) -> str:
+    return f"{incoming_folder(job, version)}/sealed"
 
 
 def incoming_download(job: str, version: VersionId, attempt: str) -> str:

@@ -32,6 +32,8 @@ def keys(job: str, version: VersionId, path: str) -> dict[str, str]:
         "version_folder": layout.version_folder(job, version),
         "partition": layout.partition(job, version, path),
         "incoming": layout.incoming(job, version, 7),
+        "sealed": layout.sealed(job, version),
+        "quarantined": layout.quarantined("0" * 8, layout.version_folder(job, version)),
         "incoming_folder": layout.incoming_folder(job, version),
         "incoming_download": layout.incoming_download(job, version, "f" * 16),
         "incoming_fetched": layout.incoming_fetched("f" * 16),

@@ -37,17 +37,27 @@ Key = tuple[str, VersionId]
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """The record of one version. ``damaged`` says what is wrong in which tier, ``resumes`` names attempts."""
+    """The record of one version. ``damaged`` says what is wrong in which tier, ``resumes`` names attempts.
+
+    ``lost``: all ranks had agreed on it, and the daemon ended before it was in tier 1.
+    """
 
     damaged: dict[Tier, str] = field(default_factory=dict)
     resumes: tuple[str, ...] = ()
     passed_over: str = ""
+    lost: bool = False
 
     def encode(self) -> bytes:
         """Canonical JSON."""
         damaged = {str(tier): problem for tier, problem in self.damaged.items()}
         return encode(
-            {"format": NOTE_FORMAT, "damaged": damaged, "resumes": self.resumes, "passed_over": self.passed_over}
+            {
+                "format": NOTE_FORMAT,
+                "damaged": damaged,
+                "resumes": self.resumes,
+                "passed_over": self.passed_over,
+                "lost": self.lost,
+            }
         )
 
     @classmethod
@@ -59,6 +69,7 @@ class Health:
                 {Tier(tier): text(problem) for tier, problem in document["damaged"].items()},
                 tuple(text(attempt) for attempt in document["resumes"]),
                 text(document["passed_over"]),
+                bool(document["lost"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise VersionError(f"{what} is damaged: field missing or invalid ({error})") from error
@@ -190,7 +201,20 @@ class HealthBook:
         for key, record in list(self._records.items()):
             if key[0] == version.job and record.resumes:
                 self._keep_resumes(key, lambda _: False)
+            if key[0] == version.job and record.lost and key[1] <= version.id:
+                self._set(key, replace(record, lost=False))
         self._alive = {client: found for client, found in self._alive.items() if found[0][0] != version.job}
+
+    def lost(self, job: str | None = None) -> list[Key]:
+        """Versions (of *job*) that were captured and are not there any more, oldest first.
+
+        One whose trainer lives is offered again and comes back; a later launch that saves has heard of it.
+        """
+        return sorted(
+            key
+            for key, record in self._records.items()
+            if record.lost and job in (None, key[0]) and self._catalog.get(*key) is None
+        )
 
     def mark(self, version: Version, reason: str) -> bool:
         """Have automatic resume pass *version* over, or no longer (empty *reason*); returns whether that changed.

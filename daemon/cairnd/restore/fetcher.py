@@ -260,14 +260,26 @@ class Fetcher:
                 self._catalog.set_damaged(version, Tier.TIER1, f"{partition.path} is missing")
             url = self._location(version.job)
             if not url or not version.has(Tier.TIER2):
-                raise VersionError(
-                    f"no intact copy of {partition.path} of {version}: {'; '.join(failures) or 'no tier holds it'}",
-                    hint=f"choose an older version: `cairn list --job {version.job}`",
-                    context={"version": version.id, "partition": partition.path},
-                )
+                raise self._no_copy(version, partition, failures)
             temporary = layout.incoming_download(version.job, version.id, self._tier1.token_hex(8))
             self._partials.note(version, _folder(version, ""))
             return await self._from_tier2(version, partition, url, key, temporary, meter, failures)
+
+    def _no_copy(self, version: Version, partition: Partition, failures: Sequence[str]) -> VersionError:
+        """No tier has an intact copy: what was found in each of them, now or before."""
+        tried = list(failures)
+        for tier in (Tier.TIER1, Tier.TIER2):
+            copy = version.copy(tier)
+            if copy.damaged and not any(copy.error in failure for failure in tried):
+                tried.append(f"its copy in {tier} was found damaged before: {copy.error}")
+        hint = f"choose an older version: `cairn list --job {version.job}`"
+        if tried:
+            hint += f"; what was damaged in tier 1 is kept in {self._tier1.root / layout.QUARANTINE}"
+        return VersionError(
+            f"no intact copy of {partition.path} of {version}: {'; '.join(tried) or 'no tier holds it'}",
+            hint=hint,
+            context={"version": version.id, "partition": partition.path},
+        )
 
     async def _from_source(self, version: Version, partition: Partition, source: str, meter: Meter) -> Fetched:
         key = layout.fetched(source, version.job, version.id, partition.path)

@@ -7,7 +7,7 @@ changed, so looking often is cheap.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from cairn_api.errors import CairnError, UnavailableError, VersionError
@@ -82,11 +82,23 @@ class Inventory:
         self._on_deleted = on_deleted
         self._epochs: dict[str, list[EpochClaim]] = {}
         self._looking: dict[str, asyncio.Task[str]] = {}
+        self._unreadable: dict[str, set[VersionId]] = {}
+        self._unreadable_here: set[tuple[str, VersionId]] = set()
 
     def newest_claim(self, job: str) -> EpochClaim | None:
         """The newest epoch claim seen in the bucket."""
         claims = self._epochs.get(job, [])
         return claims[0] if claims else None
+
+    def note_unreadable(self, versions: Iterable[tuple[str, VersionId]]) -> None:
+        """Versions that tier 1 once held and whose manifests are damaged."""
+        self._unreadable_here.update(versions)
+
+    def unreadable(self, job: str) -> list[VersionId]:
+        """Versions that were saved and that nobody can describe any more: not in the catalog, and not "nothing"."""
+        here = {version for owner, version in self._unreadable_here if owner == job}
+        unreadable = here | self._unreadable.get(job, set())
+        return sorted(version for version in unreadable if self._catalog.get(job, version) is None)
 
     def has_bucket(self, job: str) -> bool:
         """Whether :meth:`refresh` has anything to look at."""
@@ -119,6 +131,7 @@ class Inventory:
             return str(error)
         self._storage.note_answer(url)
         self._epochs[job] = seen.epochs
+        self._unreadable[job] = set(seen.damaged)
         self._merge(job, seen)
         return "; ".join(claim.problem for claim in seen.epochs if claim.problem)
 
@@ -146,14 +159,14 @@ class Inventory:
             self._storage.note_failure(self._storage.default_url, error)
             return str(error)
 
-    async def read_source(self, url: str, job: str) -> tuple[list[Version], EpochClaim | None]:
-        """Versions of *job* in another bucket, newest first, not merged into the catalog."""
+    async def read_source(self, url: str, job: str) -> tuple[list[Version], EpochClaim | None, list[VersionId]]:
+        """Versions of *job* in another bucket, newest first, not merged into the catalog; and what is damaged there."""
         self._storage.check_allowed(url)
         bucket = await self._storage.bucket(url)
         seen = await self._workers.run(view, bucket, job, lambda _: False)
         versions = [merged(manifests) for manifests in seen.manifests.values()]
         newest_claim = seen.epochs[0] if seen.epochs else None
-        return sorted(versions, key=lambda version: version.id, reverse=True), newest_claim
+        return sorted(versions, key=lambda version: version.id, reverse=True), newest_claim, sorted(seen.damaged)
 
     def _knows(self, job: str, version: VersionId) -> bool:
         known = self._catalog.get(job, version)
@@ -190,8 +203,10 @@ class Inventory:
         if version is None:
             self._catalog.add(merged(manifests))
         elif version.nonce == manifests[0].nonce:
-            # Only a look at its bytes or a new upload acquits a copy, and one that is under way has not done so yet.
-            if version.copy(Tier.TIER2).state not in (CopyState.FAILED, CopyState.COPYING):
+            # Only a look at its bytes or a new upload acquits a damaged copy, and one that is under way has not done so
+            # yet. An upload of this daemon that failed says nothing about the copy that was decided meanwhile, or before.
+            copy = version.copy(Tier.TIER2)
+            if not copy.damaged and copy.state is not CopyState.COPYING:
                 self._catalog.set_copy(version, Tier.TIER2, CopyState.VERIFIED)
             if version.state is VersionState.PREPARED:
                 self._catalog.move(version, VersionState.COMMITTED)

@@ -9,6 +9,7 @@ from cairn_api.v1 import admin_pb2 as pb
 from cairn_api.wire import PROTOCOL_VERSION
 from cairnd import __version__
 from cairnd.catalog.catalog import Catalog
+from cairnd.catalog.health import HealthBook
 from cairnd.clock import Clock
 from cairnd.metrics import Metrics, value_of
 from cairnd.model import Tier, Version, VersionState
@@ -39,6 +40,7 @@ class Reporter:
         storage: Storage,
         tier1: LocalTier,
         workers: Workers,
+        health: HealthBook,
         metrics: Metrics,
         left_alone: Sequence[str],
     ) -> None:
@@ -54,6 +56,7 @@ class Reporter:
         self._storage = storage
         self._tier1 = tier1
         self._workers = workers
+        self._health = health
         self._metrics = metrics
         self._started_s = clock.monotonic_s()
         self._left_alone = left_alone
@@ -134,6 +137,11 @@ class Reporter:
                     f"automatic resume passes {version} over: {version.passed_over}; when it is sound, "
                     f"`cairn mark {version.id} --sound --job {version.job}`"
                 )
+        for job, version_id in self._health.lost():
+            problems.append(
+                f"{job}/{version_id} was captured, and lost before it reached tier 1 when the daemon ended; "
+                f"`cairn list --job {job}` shows what there is"
+            )
         for job in self._catalog.jobs():
             last = next(self._catalog.versions(job))
             if last.state is VersionState.ABORTED and may_see(last):

@@ -131,7 +131,8 @@ class Tier1Writer:
         folders = [layout.partition(version.job, version.id, save.path_of(item)) for item in items]
         folders.append(layout.manifest(version.job, version.id))
         drained = (self._drain(item, version.id.sequence, failures) for item in items)
-        await asyncio.gather(self._make_folders(folders, failures), *drained)
+        sealed = layout.sealed(version.job, version.id)
+        await asyncio.gather(self._make_folders(folders, sealed, failures), *drained)
         try:
             if failures:
                 raise failures[0]
@@ -168,8 +169,10 @@ class Tier1Writer:
         every = max(1, min(self._recheck_every, count))
         return range(turn % every, count, every)
 
-    async def _make_folders(self, keys: list[str], failures: list[Exception]) -> None:
+    async def _make_folders(self, keys: list[str], sealed: str, failures: list[Exception]) -> None:
         try:
+            await self._workers.run(self._tier1.make_folders_of, [sealed])
+            await self._workers.run(self._tier1.mark, sealed)
             await self._workers.run(self._tier1.make_folders_of, keys)
         except Exception as error:  # noqa: BLE001 - told by the caller
             failures.append(error)
@@ -201,7 +204,8 @@ class Tier1Writer:
         self._metrics.saves.labels("aborted").inc()
         self._catalog.set_copy(version, Tier.TIER1, CopyState.FAILED, error.message)
         self._catalog.set_copy(version, Tier.MEMORY, CopyState.EVICTED)
-        self._catalog.move(version, VersionState.ABORTED, f"lost before tier 1: {error.message}")
+        step = f" ({error.hint})" if error.hint else ""
+        self._catalog.move(version, VersionState.ABORTED, f"lost before tier 1: {error.message}{step}")
         self._clients.fail(
             version.job,
             SaveFailedError(

@@ -60,6 +60,12 @@ class LocalTier:
         for key in keys:
             self._make_folder_of(key)
 
+    def mark(self, key: str) -> None:
+        """Make the empty file *key*, if it is not there: not durable, but there after a crash of the daemon alone."""
+        path = self._path(key)
+        with explained("create", path):
+            self._fs.close(self._fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+
     def publish(self, writer: atomic.BulkWriter, key: str) -> None:
         """Rename a finished file to *key*, whose folders are made if need be. Durable after :meth:`sync_folders`."""
         self._make_folder_of(key)  # a partition's name may have folders of its own
@@ -235,6 +241,12 @@ class LocalTier:
         with explained("ask for the free space of", self.root):
             found = self._fs.statvfs(self.root)
         return found.f_bavail * found.f_frsize
+
+    def total_bytes(self) -> int:
+        """How large this file system is."""
+        with explained("ask for the size of", self.root):
+            found = self._fs.statvfs(self.root)
+        return found.f_blocks * found.f_frsize
 
     def _path(self, key: str) -> Path:
         """Where *key* lies; refuses a key that leaves the root by its text or through a linked folder."""

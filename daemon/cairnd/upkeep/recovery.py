@@ -7,6 +7,7 @@ promised and is removed. What has a damaged one is moved aside for the operator,
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,21 +15,31 @@ from pathlib import Path
 from cairn_api.errors import CairnError, ConfigurationError, VersionError
 from cairn_api.names import RESERVED_NAME, VersionId, check_job, check_node, parse_version
 from cairnd import layout
+from cairnd.catalog.health import Health
 from cairnd.manifest import NOTE_FORMAT, NodeManifest, decode, encode
 from cairnd.model import Copy, CopyState, Tier, Version, VersionState
 from cairnd.tiers.errors import NotFoundError
 from cairnd.tiers.filesystem import FileSystem
 from cairnd.tiers.local import LocalTier
 
+_QUARANTINED = re.compile("[0-9a-f]{8}")
+"""Names of the folders that :func:`quarantine` makes."""
+
 
 @dataclass(slots=True)
 class Recovered:
-    """What a scan of tier 1 found. ``swept`` and ``foreign`` are keys, ``quarantined`` are keys with the reason."""
+    """What a scan of tier 1 found. ``swept`` and ``foreign`` are keys, ``quarantined`` are keys with the reason.
+
+    ``lost``: those of the swept ones that all ranks had agreed on, so that their loss has to be told. ``unreadable``:
+    versions that lie in quarantine with their manifests, since now or earlier.
+    """
 
     versions: list[Version] = field(default_factory=list)
     swept: list[str] = field(default_factory=list)
+    lost: list[tuple[str, VersionId]] = field(default_factory=list)
     quarantined: list[tuple[str, str]] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
+    unreadable: set[tuple[str, VersionId]] = field(default_factory=set)
 
 
 def lock(tier: LocalTier) -> int:
@@ -52,12 +63,12 @@ def identify(tier: LocalTier) -> str:
             layout.LAYOUT_KEY, encode({"format": NOTE_FORMAT, "layout": layout.LAYOUT_VERSION, "node": node})
         )
         return node
-    if document["layout"] != layout.LAYOUT_VERSION:
+    if document.get("layout") != layout.LAYOUT_VERSION:
         raise ConfigurationError(
-            f"{tier.root} has layout {document['layout']}, this Cairn writes layout {layout.LAYOUT_VERSION}",
+            f"{tier.root} has layout {document.get('layout')!r}, this Cairn writes layout {layout.LAYOUT_VERSION}",
             hint="run the version of Cairn that wrote it, or give this daemon an empty tier1_path",
         )
-    return check_node(document["node"])
+    return check_node(str(document.get("node")))
 
 
 def scan(tier: LocalTier) -> Recovered:
@@ -82,10 +93,13 @@ def scan(tier: LocalTier) -> Recovered:
 def recover(tier: LocalTier) -> Recovered:
     """Scan, then sweep what was never promised and move damaged manifests aside."""
     found = scan(tier)
+    for job, version_id in found.lost:  # before the trace of it goes
+        tier.put_small(layout.health(job, version_id), Health(lost=True).encode())
     for key in found.swept:
         tier.delete_tree(key)
     for key, _ in found.quarantined:
         quarantine(tier, key)
+    found.unreadable = unreadable(tier)
     for version in found.versions:
         tier.delete_tree(layout.incoming_folder(version.job, version.id))
     return found
@@ -93,9 +107,29 @@ def recover(tier: LocalTier) -> Recovered:
 
 def quarantine(tier: LocalTier, key: str) -> str:
     """Move what lies at *key* below the quarantine folder; returns where it is now."""
-    target = f"{layout.QUARANTINE}/{tier.token_hex(4)}/{key}"
+    target = layout.quarantined(tier.token_hex(4), key)
     tier.move(key, target)
     return target
+
+
+def unreadable(tier: LocalTier) -> set[tuple[str, VersionId]]:
+    """Versions that were saved here and lie in quarantine because their manifests are damaged.
+
+    Whoever asks for the newest version must not be told that there is none, until the operator has deleted them.
+    """
+    found: set[tuple[str, VersionId]] = set()
+    for entry in tier.list_folder(layout.QUARANTINE) if tier.exists(layout.QUARANTINE) else ():
+        jobs = layout.quarantined(entry.name, layout.VERSIONS) if _QUARANTINED.fullmatch(entry.name) else ""
+        for job_entry in tier.list_folder(jobs) if jobs and tier.exists(jobs) else ():
+            if not job_entry.is_folder or not _valid_job(job_entry.name):
+                continue
+            for folder in tier.list_folder(layout.quarantined(entry.name, layout.job_folder(job_entry.name))):
+                version_id = _valid_version(folder.name)
+                if version_id is not None:
+                    manifest = layout.quarantined(entry.name, layout.manifest(job_entry.name, version_id))
+                    if tier.exists(manifest):  # else only a partition was moved, and the version is listed
+                        found.add((job_entry.name, version_id))
+    return found
 
 
 def notes(tier: LocalTier, folder: str) -> set[tuple[str, VersionId]]:
@@ -121,6 +155,8 @@ def _scan_version(tier: LocalTier, job: str, version_id: VersionId, found: Recov
             raise VersionError(f"{key} describes {manifest.job}/{manifest.id}")
     except NotFoundError:
         found.swept.append(folder)
+        if tier.exists(layout.sealed(job, version_id)):
+            found.lost.append((job, version_id))
         return
     except VersionError as error:
         found.quarantined.append((folder, error.message))
@@ -129,7 +165,7 @@ def _scan_version(tier: LocalTier, job: str, version_id: VersionId, found: Recov
     if version.complete:
         version.state = VersionState.COMMITTED
     problem = check_sizes(tier, version)
-    version.copies[Tier.TIER1] = Copy(CopyState.FAILED, problem) if problem else Copy(CopyState.VERIFIED)
+    version.copies[Tier.TIER1] = Copy(CopyState.FAILED, problem, damaged=True) if problem else Copy(CopyState.VERIFIED)
     found.versions.append(version)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -31,6 +34,18 @@ async def saved(lab: Lab, *, persist: bool = True) -> VersionId:
 def record(lab: Lab, version: VersionId) -> dict[str, str]:
     path = lab.tier1 / layout.health(JOB, version)
     return dict(json.loads(path.read_text())["damaged"]) if path.exists() else {}
+
+
+def hold_writes(lab: Lab) -> None:
+    """The disk accepts no more data of versions, and says nothing."""
+    run = lab.app._disk.run
+
+    async def held(function: Callable[..., Any], *arguments: Any) -> Any:
+        if getattr(function, "__name__", "") in ("write", "finish"):
+            await asyncio.Event().wait()
+        return await run(function, *arguments)
+
+    lab.app._disk.run = held  # type: ignore[method-assign]
 
 
 def damaged(lab: Lab, version: VersionId, tier: Tier) -> bool:
@@ -233,3 +248,40 @@ async def test_a_resume_that_died_with_the_daemon_is_judged_when_somebody_choose
     await lab.restart()
     lab.app.health.judge(JOB)
     assert lab.version(version).passed_over
+
+
+async def test_a_captured_version_that_is_lost_with_its_daemon_is_told(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, **STILL)
+    (rank,) = await Rank.launch(lab)
+    older = await rank.save(PARTS)
+    lost = rank.next()
+    rank.create(lost)
+    for name, data in PARTS.items():
+        rank.seal(lost, name, data)
+    await rank.prepare(lost, list(PARTS))
+    hold_writes(lab)
+    rank.commit(lost)
+    await eventually((lab.tier1 / layout.sealed(JOB, lost)).exists)
+    await lab.restart()  # its trainer is gone too: nobody offers it again
+    assert lab.app.health.lost(JOB) == [(JOB, lost)]
+    assert any(str(lost) in problem for problem in (await lab.app.reporter.status()).problems)
+    await lab.passes(lambda: lab.events("version_lost"), step_s=10.0)
+    await lab.restart()
+    assert lab.app.health.lost(JOB) == [(JOB, lost)]
+    (rank,) = await Rank.launch(lab)
+    await rank.save(PARTS)
+    assert lab.app.health.lost(JOB) == []
+    await eventually(lambda: not (lab.tier1 / layout.health(JOB, lost)).exists())
+    assert lab.version(older).has(Tier.TIER1)
+
+
+async def test_what_was_not_agreed_on_is_no_loss(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, **STILL)
+    (rank,) = await Rank.launch(lab)
+    version = rank.next()
+    rank.create(version)
+    rank.seal(version, "model.pt", PARTS["model.pt"])
+    await rank.prepare(version, ["model.pt"])
+    await lab.restart()
+    assert gone(lab, version)
+    assert lab.app.health.lost() == []
