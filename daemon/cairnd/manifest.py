@@ -8,6 +8,7 @@ torn or altered manifest is recognised before anything in it is believed.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,12 @@ MANIFEST_FORMAT = "cairn.manifest/1"
 DECISION_FORMAT = "cairn.decision/1"
 EPOCH_FORMAT = "cairn.epoch/1"
 NOTE_FORMAT = "cairn.note/1"
+
+MAX_WORLD_SIZE = 1_000_000
+_CHECKSUM = re.compile(r"[0-9a-f]{16}")
+_MOST_BYTES = 2**63 - 1
+_MOST_ID = 2**32 - 1
+_FARTHEST_S = 1e11
 
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 """Manifests above this are refused: 20 hex digits per 16 MiB block allow about 40 TB per node."""
@@ -124,22 +131,25 @@ class NodeManifest:
                 job=check_job(document["job"]),
                 id=parse_version(document["version"]),
                 node=check_node(document["node"]),
-                nonce=str(document["nonce"]),
-                world_size=int(document["world_size"]),
-                ranks=tuple(int(rank) for rank in document["ranks"]),
+                nonce=text(document["nonce"]),
+                world_size=number(document["world_size"], 1, MAX_WORLD_SIZE),
+                ranks=tuple(number(rank, 0, MAX_WORLD_SIZE) for rank in document["ranks"]),
                 partitions=tuple(_decode_partition(item) for item in document["partitions"]),
-                save_dir=str(document["save_dir"]),
+                save_dir=text(document["save_dir"]),
                 persist=bool(document["persist"]),
                 file_marks=bool(document["file_marks"]),
                 created_s=float(document["created_s"]),
-                uid=int(document["uid"]),
-                gid=int(document["gid"]),
-                attributes={str(key): str(value) for key, value in document["attributes"].items()},
+                uid=number(document["uid"], 0, _MOST_ID),
+                gid=number(document["gid"], 0, _MOST_ID),
+                attributes={text(key): text(value) for key, value in document["attributes"].items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError, CairnError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, CairnError) as error:
             raise _damaged(what, f"field missing or invalid ({error})") from error
-        if not all(0 <= rank < manifest.world_size for rank in manifest.ranks):
+        ranks = (*manifest.ranks, *(item.rank for item in manifest.partitions))
+        if not all(0 <= rank < manifest.world_size for rank in ranks):
             raise _damaged(what, "it names ranks outside its world")
+        if sum(item.size_bytes for item in manifest.partitions) > _MOST_BYTES or abs(manifest.created_s) > _FARTHEST_S:
+            raise _damaged(what, "a size or a time in it cannot be")
         return manifest
 
     def version(self, state: VersionState) -> Version:
@@ -150,6 +160,24 @@ class NodeManifest:
             uid=self.uid, gid=self.gid, ranks=frozenset(self.ranks), partitions=self.partitions,
             attributes=self.attributes,
         )  # fmt: skip
+
+
+def number(value: object, least: int, most: int) -> int:
+    """*value*, from a document, if it is a whole number within bounds; else raises :class:`ValueError`.
+
+    JSON's numbers have no bounds, but every field that they go to has: of the wire, of the system, of memory.
+    """
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"not a whole number from {least} to {most}")
+    return value
+
+
+def text(value: object) -> str:
+    """*value*, from a document, if it is text that has a UTF-8 form (JSON's need not); else raises ValueError."""
+    if not isinstance(value, str):
+        raise ValueError("not a text")
+    value.encode()
+    return value
 
 
 def _encode_partition(partition: Partition) -> dict[str, Any]:
@@ -166,15 +194,21 @@ def _encode_partition(partition: Partition) -> dict[str, Any]:
 
 
 def _decode_partition(item: Mapping[str, Any]) -> Partition:
-    size_bytes = int(item["size_bytes"])
-    blocks = tuple(int(block, 16) for block in item["blocks"])
-    if size_bytes < 0 or len(blocks) != -(-size_bytes // BLOCK_BYTES):
+    size_bytes = number(item["size_bytes"], 0, _MOST_BYTES)
+    blocks = tuple(_checksum(block) for block in item["blocks"])
+    if len(blocks) != -(-size_bytes // BLOCK_BYTES):
         raise ValueError("sizes and block digests disagree")
     return Partition(
         name=check_partition(item["name"]),
         path=check_partition(item["path"]),
-        rank=int(item["rank"]),
+        rank=number(item["rank"], 0, MAX_WORLD_SIZE),
         size_bytes=size_bytes,
-        digest=Digest(size_bytes, int(item["crc64nvme"], 16), blocks),
-        globals=tuple(str(name) for name in item["globals"]),
+        digest=Digest(size_bytes, _checksum(item["crc64nvme"]), blocks),
+        globals=tuple(text(name) for name in item["globals"]),
     )
+
+
+def _checksum(digits: object) -> int:
+    if not isinstance(digits, str) or not _CHECKSUM.fullmatch(digits):
+        raise ValueError("a checksum is 16 hexadecimal digits")
+    return int(digits, 16)

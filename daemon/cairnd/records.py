@@ -18,6 +18,11 @@ from cairnd.digests import BLOCK_BYTES, PIECE_BYTES
 MAX_RECORDS = 1_000_000
 """Per partition: ten times what the largest states have, and few enough to be checked in a moment."""
 
+_HEADERS_BYTES = 76
+"""What a zip spends on a member at least: its own header and its entry in the directory."""
+_RECORDS_OF_SMALL = 256
+"""Let through whatever the partition's size, for what is nearly empty."""
+
 _CRC32_BYTES = 4
 _MAX_CRC32 = 0xFFFFFFFF
 _COLUMNS = 4
@@ -87,6 +92,9 @@ class RecordTable:
             raise _refuse("its four columns differ in length")
         if count > MAX_RECORDS:
             raise _refuse(f"it has {count} records, more than {MAX_RECORDS}")
+        # A table is kept as long as its buffer: without this, one page of granted memory would hold 32 MB of it.
+        if count > max(_RECORDS_OF_SMALL, size_bytes // _HEADERS_BYTES):
+            raise _refuse(f"it has {count} records, more than a zip of {size_bytes} bytes can have")
         self._in_order = self._as_written(size_bytes)
         if self._in_order:
             return

@@ -198,7 +198,7 @@ def _convert(name: str, value: object, kind: Any) -> object:
                 raise ValueError
             return tuple(_convert_one(item, str if kind == tuple[str, ...] else int) for item in items if item != "")
         return _convert_one(value, kind)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         kind_name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(kind, "a list")
         raise _invalid(name, value, kind_name) from None
 
@@ -280,7 +280,7 @@ def _read_file(path: str, faults: list[ConfigurationError]) -> dict[str, object]
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)
-    except (OSError, ValueError) as error:  # not TOML, or not text
+    except (OSError, ValueError, RecursionError) as error:  # not TOML, or not text, or a trap for its parser
         faults.append(
             ConfigurationError(
                 f"cannot read the configuration file {path}: {error}", hint="correct --config or CAIRN_CONFIG"

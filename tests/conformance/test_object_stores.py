@@ -339,6 +339,16 @@ class TestFileStoreDurability:
         assert list((tmp_path / "bucket").rglob("*")) == []
         assert not fs.open_fds
 
+    def test_an_empty_folder_that_cannot_be_removed_is_an_error_like_any_other(
+        self, fs: RiggedFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def bad_disk(_: object) -> None:
+            raise OSError(errno.EIO, "bad block")
+
+        monkeypatch.setattr(fs, "rmdir", bad_disk)
+        with pytest.raises(UnavailableError):
+            FileStore(fs, tmp_path / "bucket").put("v/a", b"1")
+
     def test_without_links_exclusive_creation_is_known_to_be_missing(self, tmp_path: Path) -> None:
         def no_links(call: str, _: str) -> OSError | None:
             return OSError(errno.EPERM, "no links here") if call == "link" else None

@@ -117,7 +117,8 @@ class HandOver:
             log.warning("memory cannot be shared here, so saves go as byte streams, which is slower: %s", error)
         except OverloadedError as error:
             if settings.oversize == "fail":
-                raise
+                hint = f'{error.hint}; oversize = "stream" lets such saves go as byte streams, which is slower'
+                raise OverloadedError(error.message, hint=hint, context=error.context) from error
             self._warn_once(
                 f"oversize {partition.name}",
                 f"{partition.name} ({partition.size_bytes} bytes) goes as a byte stream, which is slower: {error}",

@@ -47,7 +47,7 @@ class Saver:
             session.background.settle()
             if self._open is not None:
                 log.warning("version %s was never committed and is aborted", self._open.version)
-                self._open.abort("another save began before it was committed")
+                self._open.abort("the program never committed it")
             launch, agreement = self._agree(tag, save_dir, file_marks=file_marks)
             item: Unsettled | None = None
             if agreement.skip:

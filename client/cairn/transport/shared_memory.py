@@ -70,16 +70,22 @@ class Segment:
     def create(cls, size_bytes: int) -> Segment:
         """A new segment of *size_bytes* (a multiple of the page size), with all its memory reserved.
 
-        Raises :class:`OverloadedError` when the machine has not that much memory left, and
-        :class:`NoSharedMemoryError`.
+        Raises :class:`OverloadedError` when the machine has not that much memory left or this process no descriptor,
+        and :class:`NoSharedMemoryError`.
         """
-        free_bytes = free_memory_bytes()
-        if size_bytes > free_bytes:
-            # Without this check the kernel would rather kill a process than refuse the pages.
-            raise _no_memory(size_bytes, f"{free_bytes} bytes are free")
         try:
+            free_bytes = free_memory_bytes()
+            if size_bytes > free_bytes:
+                # Without this check the kernel would rather kill a process than refuse the pages.
+                raise _no_memory(size_bytes, f"{free_bytes} bytes are free")
             fd = os.memfd_create("cairn-capture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise OverloadedError(
+                    f"a capture buffer of {size_bytes} bytes cannot be made: {error.strerror}",
+                    hint="raise the trainer's limit of open files (ulimit -n)",
+                    context={"size_bytes": size_bytes},
+                ) from error
             raise NoSharedMemoryError(
                 f"this system cannot make a memfd: {error.strerror}", hint='set transport = "stream"'
             ) from error
@@ -238,7 +244,7 @@ def _cgroup_free_bytes(root: Path, path: str, files: tuple[str, str, tuple[str, 
 def _no_memory(size_bytes: int, reason: str) -> OverloadedError:
     return OverloadedError(
         f"a capture buffer of {size_bytes} bytes does not fit into memory ({reason})",
-        hint='lower `buffers`, give the trainer more memory, or allow oversize = "stream"',
+        hint="lower `buffers`, or give the trainer more memory",
         context={"size_bytes": size_bytes},
     )
 

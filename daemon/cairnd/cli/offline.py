@@ -217,8 +217,8 @@ def _check_tree(tier1: LocalTier) -> None:
         document = decode(tier1.read_small(layout.LAYOUT_KEY), NOTE_FORMAT, layout.LAYOUT_KEY)
     except NotFoundError as error:
         raise ConfigurationError(f"{tier1.root} is not a tier 1 folder of Cairn's", hint=_NO_TREE) from error
-    if document["layout"] != layout.LAYOUT_VERSION:
+    if document.get("layout") != layout.LAYOUT_VERSION:
         raise ConfigurationError(
-            f"{tier1.root} has layout {document['layout']}, this Cairn reads layout {layout.LAYOUT_VERSION}",
+            f"{tier1.root} has layout {document.get('layout')!r}, this Cairn reads layout {layout.LAYOUT_VERSION}",
             hint="use the version of Cairn that wrote it",
         )

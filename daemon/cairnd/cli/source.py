@@ -28,10 +28,14 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Versions by job, newest first. ``warnings``: what could not be read, so that the list may be incomplete."""
+    """Versions by job, newest first. ``warnings``: what could not be read, so that the list may be incomplete.
+
+    ``knows_tier2``: whether it would show a copy in tier 2 if there is one; tier 1's folder alone does not tell.
+    """
 
     versions: list[Listed]
     warnings: list[str]
+    knows_tier2: bool = True
 
 
 @dataclass(frozen=True, slots=True)

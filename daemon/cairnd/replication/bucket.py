@@ -16,9 +16,20 @@ from enum import StrEnum
 from typing import Any
 
 from cairn_api.errors import CairnError, ConfigurationError, UnavailableError, VersionError
-from cairn_api.names import VersionId, check_job, parse_version
+from cairn_api.names import MAX_EPOCH, VersionId, check_job, parse_version
 from cairnd.layout import Bucket as Keys
-from cairnd.manifest import DECISION_FORMAT, EPOCH_FORMAT, MAX_DOCUMENT_BYTES, NOTE_FORMAT, NodeManifest, decode, encode
+from cairnd.manifest import (
+    DECISION_FORMAT,
+    EPOCH_FORMAT,
+    MAX_DOCUMENT_BYTES,
+    MAX_WORLD_SIZE,
+    NOTE_FORMAT,
+    NodeManifest,
+    decode,
+    encode,
+    number,
+    text,
+)
 from cairnd.tiers.errors import NotFoundError
 from cairnd.tiers.object_store import ObjectInfo, ObjectStore
 
@@ -112,7 +123,7 @@ class BucketRepository:
                 raise ValueError("it commits nothing")
             # A write that went astray must not pass for a decision: "deleted" would take the data with it.
             if (document["version"], document.get("job", job)) != (str(version), job):
-                raise ValueError(f"it is about {document.get('job', job)}/{document['version']}")
+                raise ValueError(f"it is about {document.get('job', job)!r}/{document['version']!r}")
         return Decision(verdict, document)
 
     def committed(self, job: str, version: VersionId, decision: Decision) -> list[NodeManifest]:
@@ -155,7 +166,7 @@ class BucketRepository:
         it may be our own write whose reply was lost, another node's equal one, or an ``aborted`` that fences us off.
         """
         manifests = self.manifests(job, version)
-        if {rank for manifest in manifests for rank in manifest.ranks} != set(range(world_size)):
+        if not _covers(manifests, world_size):
             return None
         document = {
             "format": DECISION_FORMAT,
@@ -186,10 +197,15 @@ class BucketRepository:
         return decision
 
     def mark_deleted(self, job: str, version: VersionId, deleted_at_s: float) -> None:
-        """Tombstone a committed version: from here no reader offers it. Idempotent."""
+        """Tombstone a committed version: from here no reader offers it. Idempotent.
+
+        Raises :class:`ConfigurationError` when it is pinned: another daemon of the job may have done so a moment ago.
+        """
         decision = self.decision(job, version)
         if decision is None or decision.verdict is not Verdict.COMMITTED:
             return
+        if version in self.pins(job):
+            raise ConfigurationError(f"{job}/{version} is pinned in the bucket", hint="unpin it: `cairn unpin`")
         document = {**decision.document, "verdict": Verdict.DELETED.value, "deleted_at_s": round(deleted_at_s, 3)}
         self.store.put(Keys.decision(job, version), encode(document))
 
@@ -213,8 +229,7 @@ class BucketRepository:
     def prepared_everywhere(self, job: str, version: VersionId) -> bool:
         """Whether node manifests cover every rank, so that any daemon may still finish the version."""
         manifests = self.manifests(job, version)
-        covered = {rank for manifest in manifests for rank in manifest.ranks}
-        return bool(manifests) and covered == set(range(manifests[0].world_size))
+        return bool(manifests) and _covers(manifests, manifests[0].world_size)
 
     # Epochs
 
@@ -255,10 +270,11 @@ class BucketRepository:
         document = decode(self.store.get(key, _SMALL_BYTES), EPOCH_FORMAT, key)
         with _read_as_stated(key):
             if key != Keys.epoch(document["job"], document["epoch"]):
-                raise ValueError(f"it is the claim of epoch {document['epoch']} of {document['job']}")
+                raise ValueError(f"it is the claim of epoch {document['epoch']!r} of {document['job']!r}")
             resumed_from = document["resumed_from"]
             return EpochClaim(
-                int(document["epoch"]), str(document["nonce"]), int(document["world_size"]),
+                number(document["epoch"], 1, MAX_EPOCH), text(document["nonce"]),
+                number(document["world_size"], 1, MAX_WORLD_SIZE),
                 parse_version(resumed_from) if resumed_from else None,
             )  # fmt: skip
 
@@ -304,6 +320,11 @@ def _read_as_stated(key: str) -> Iterator[None]:
         raise VersionError(
             f"{key} is damaged: field missing or invalid ({error})", hint="restore it from a backup"
         ) from error
+
+
+def _covers(manifests: Iterable[NodeManifest], world_size: int) -> bool:
+    covered = {rank for manifest in manifests for rank in manifest.ranks}
+    return len(covered) == world_size and all(rank < world_size for rank in covered)
 
 
 def _is_valid(check: Any, name: str) -> bool:

@@ -201,7 +201,8 @@ class Replicator:
         if wanted and (again or not await self._workers.run(bucket.has_manifest, manifest)):
             self._catalog.set_copy(version, Tier.TIER2, CopyState.COPYING)
             await self._upload_all(version, bucket)
-            if decision is None:
+            named = None if decision is None else decision.document["manifests"].get(self._node)
+            if decision is None or named == manifest.fingerprint():
                 # After the decision no manifest may be added: readers believe exactly those that it names.
                 await self._workers.run(bucket.put_manifest, manifest)
         if decision is None:
@@ -213,6 +214,8 @@ class Replicator:
                 f"{version} is {decision.verdict} in the bucket",
                 hint="a later launch of the job fenced it off, or it was deleted there; tier 1 still has it",
             )
+        if again:
+            await self._workers.run(bucket.committed, version.job, version.id, decision)  # what it needs to be read
         return True
 
     async def _upload_all(self, version: Version, bucket: BucketRepository) -> None:

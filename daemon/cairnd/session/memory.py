@@ -102,7 +102,7 @@ class CaptureMemory:
             raise OverloadedError(
                 f"a capture buffer of {size_bytes} bytes does not fit: {self.granted_bytes} of {self.limit_bytes} "
                 "bytes of capture memory are in use",
-                hint='raise capture_memory_bytes, lower the client\'s `buffers`, or allow oversize = "stream"',
+                hint="raise the daemon's capture_memory_bytes, or lower the client's `buffers`",
                 context={"job": job, "size_bytes": size_bytes, "free_bytes": self.free_bytes},
             )
         name = secrets.token_hex(16)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-
 from itertools import pairwise
 
 from cairn_api.errors import ConfigurationError
-from cairn_api.names import BY_RANK_FOLDER, VersionId, check_partition
+from cairn_api.names import BY_RANK_FOLDER, MAX_EPOCH, VersionId, check_partition
+from cairnd.manifest import MAX_WORLD_SIZE
 from cairnd.model import Version
 
 MAX_PARTITIONS = 100_000
 """Per version and node."""
-MAX_WORLD_SIZE = 1_000_000
-MAX_EPOCH = 999_999_999
-"""What a version's name has digits for. A job whose newest epoch were higher could never be launched again."""
-
 MAX_TEXT_BYTES = 4096
 """Of a path, a URL, a nonce: they are kept in memory and on disk for as long as the version or the job exists."""
 MAX_TEXTS_BYTES = 1024 * 1024

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from cairn_api.errors import (
     CairnError,
@@ -57,7 +58,19 @@ def from_os_error(error: OSError, action: str, path: str | os.PathLike[str]) -> 
     """*error*, which came from doing *action* to *path*, as one of Cairn's errors (to be raised ``from`` it)."""
     kind, hint = _TABLE.get(error.errno or 0, (InternalError, "report this with the daemon's log"))
     reason = os.strerror(error.errno) if error.errno else type(error).__name__
+    if error.errno == errno.ENOSPC:
+        reason += _what_is_free(path)
     return kind(f"cannot {action} {os.fspath(path)}: {reason}", hint=hint, context={"path": os.fspath(path)})
+
+
+def _what_is_free(path: str | os.PathLike[str]) -> str:
+    """The sizes that tell whether bytes ran out or inodes; empty where the file system does not say."""
+    folder = Path(path).parent
+    try:
+        found = os.statvfs(folder if folder.is_absolute() else path)
+    except OSError:
+        return ""
+    return f" ({found.f_bavail * found.f_frsize} bytes and {found.f_favail} inodes are free)"
 
 
 @contextmanager

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import os
+
 from cairn_api.errors import ConfigurationError
 
 
 def check_key(key: str) -> str:
     """Return *key* unchanged if it is a relative name that stays below its root.
 
-    Raises :class:`ConfigurationError` for an empty key, an absolute one, and one with an empty part, ``.``, ``..`` or
-    a NUL.
+    Raises :class:`ConfigurationError` for an empty key, an absolute one, and one with an empty part, ``.``, ``..``, a
+    NUL or what no file name can hold.
     """
-    if not key or "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
+    if not key or "\0" in key or not _is_file_name(key) or any(part in ("", ".", "..") for part in key.split("/")):
         raise ConfigurationError(
             f"the key {key!r} is not allowed: it consists of parts joined by '/', none of them empty, '.' or '..'",
             hint="report this with the daemon's log",
         )
     return key
+
+
+def _is_file_name(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_prefix(prefix: str) -> str:

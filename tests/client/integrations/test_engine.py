@@ -141,6 +141,31 @@ def test_a_save_that_was_left_open_is_aborted_by_the_next(make: Make, tmp_path: 
     assert saved(engine, tmp_path) == ["global_step1"]
 
 
+def test_a_commit_that_ranks_cannot_agree_on_ends_the_save_with_that_reason(
+    make: Make, tmp_path: Path, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cairn.integrations.deepspeed.jobs import job_for  # noqa: PLC0415 - imports DeepSpeed
+
+    engine = make()
+    ranks = job_for(engine.settings, str(tmp_path)).client.ranks
+    gather = type(ranks).all_gather
+
+    def gone(self: Any, step: str, value: Any, timeout_s: float) -> Any:
+        if step.startswith("saved for"):
+            raise UnavailableError("rank 1 is gone (planted)", hint="start it again")
+        return gather(self, step, value, timeout_s)
+
+    monkeypatch.setattr(type(ranks), "all_gather", gone)
+    with pytest.raises(UnavailableError, match="planted"):
+        save(engine, tmp_path, "first", model={"x": 1})
+    monkeypatch.undo()
+    save(engine, tmp_path, model={"x": 2})
+    assert saved(engine, tmp_path) == ["global_step1"]
+    aborted = [line for line in daemon.log.splitlines() if "version_aborted" in line]
+    assert [line for line in aborted if "rank 1 is gone (planted)" in line] == aborted
+    assert len(aborted) == 1
+
+
 def test_commit_must_follow_its_own_create(make: Make, tmp_path: Path) -> None:
     engine = make()
     with pytest.raises(ConfigurationError, match="without a create"):

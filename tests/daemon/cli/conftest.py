@@ -3,9 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.daemon.cli.running import Cairn, runner
 from tests.daemon.cli.seeding import seed_bucket, seed_tier1, three_versions
+
+settings.register_profile("unhurried", deadline=None)  # a busy machine is no reason to fail
+settings.load_profile("unhurried")
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def either(*schemas: Schema) -> Schema:
 NULL: Schema = {"type": "null"}
 NAME: Mapping[str, Schema] = {"job": TEXT, "tag": TEXT, "epoch": COUNT, "sequence": COUNT, "version": TEXT}
 TIER: Schema = {"enum": ["memory", "tier1", "peer", "tier2"]}
-COPY = obj(state={"enum": ["absent", "copying", "verified", "failed", "evicted"]}, error=TEXT)
+COPY = obj(state={"enum": ["absent", "copying", "verified", "failed", "evicted"]}, error=TEXT, damaged=FLAG)
 VERSION: Mapping[str, Schema] = {
     **NAME,
     "state": {"enum": ["open", "sealed", "prepared", "committed", "deleting", "aborted"]},
@@ -42,6 +42,7 @@ VERSION: Mapping[str, Schema] = {
     "ranks": array(COUNT),
     "persist": FLAG,
     "pinned": FLAG,
+    "passed_over": TEXT,
     "save_dir": TEXT,
     "copies": {"type": "object", "propertyNames": TIER, "additionalProperties": COPY},
 }
@@ -65,11 +66,12 @@ VERIFY = obj(
     versions_checked=COUNT,
     copies_checked=COUNT,
     read_bytes=COUNT,
-    findings=array(obj(**NAME, tier=TIER, path=TEXT, problem=TEXT)),
+    findings=array(obj(**NAME, tier=TIER, path=TEXT, problem=TEXT, next_step={**TEXT, "minLength": 1})),
 )
 PIN = obj(**NAME, pinned=FLAG, changed=FLAG)
+MARK = obj(**NAME, passed_over=TEXT, changed=FLAG)
 PRUNE = obj(job=TEXT, dry_run=FLAG, deletions=array(obj(**NAME, tier=TIER, size_bytes=COUNT, reason=TEXT)))
-PERSIST = obj(**NAME, already=FLAG)
+PERSIST = obj(**NAME, already=FLAG, hindrance=TEXT)
 EXPORT = obj(
     **NAME,
     directory=TEXT,
@@ -91,6 +93,27 @@ STATUS = obj(
     backlog_bytes=COUNT, oldest_unpersisted_age_s=NUMBER, last_persisted=TEXT, verify_failures=COUNT,
     skipped_saves=COUNT, failed_saves=COUNT, lost_claims=COUNT, draining=FLAG, protocol=COUNT, problems=array(TEXT),
 )  # fmt: skip
+KIND: Schema = {"enum": ["retry", "wait", "fix_configuration", "choose_another_version", "give_up"]}
+DOCTOR = obj(
+    healthy=FLAG,
+    problems=COUNT,
+    warnings=COUNT,
+    settings_from=TEXT,
+    runtime_dir=TEXT,
+    tier1_path=TEXT,
+    persistent_storage_path=TEXT,
+    daemon=either(obj(pid=COUNT, uid=COUNT, version=either(TEXT, NULL)), NULL),
+    exit_status={"enum": [0, 10, 11, 12, 13, 14]},
+    findings=array(
+        obj(
+            check=TEXT,
+            level={"enum": ["ok", "warning", "problem"]},
+            message=TEXT,
+            fix=TEXT,
+            kind=either(KIND, NULL),
+        )
+    ),
+)
 DRAIN = obj(done=FLAG, versions_left=COUNT, bytes_left=COUNT, abandoned=array(TEXT))
 EVENT = obj(
     number=COUNT,
@@ -103,7 +126,7 @@ EVENT = obj(
 ERROR = obj(
     error=obj(
         **{"class": TEXT},
-        kind={"enum": ["retry", "wait", "fix_configuration", "choose_another_version", "give_up"]},
+        kind=KIND,
         message=TEXT,
         hint=TEXT,
         context={"type": "object", "additionalProperties": TEXT},

@@ -30,7 +30,21 @@ from tests.daemon.cli import schemas
 from tests.daemon.cli.running import Cairn, assert_fits
 from tests.daemon.cli.seeding import Seed, seed_tier1
 
-VERB_NAMES = ["list", "show", "verify", "pin", "unpin", "prune", "persist", "export", "status", "doctor", "drain", "watch"]
+VERB_NAMES = [
+    "list",
+    "show",
+    "verify",
+    "pin",
+    "unpin",
+    "mark",
+    "prune",
+    "persist",
+    "export",
+    "status",
+    "doctor",
+    "drain",
+    "watch",
+]
 
 
 def run(

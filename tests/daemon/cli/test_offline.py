@@ -30,7 +30,7 @@ def test_versions_are_listed_newest_first(cairn: Cairn, store: str) -> None:
     assert [item["pinned"] for item in versions] == [False, False, True]
     assert {item["state"] for item in versions} == {"committed"}
     tier = "tier2" if store.startswith("file://") else "tier1"
-    assert all(item["copies"] == {tier: {"state": "verified", "error": ""}} for item in versions)
+    assert all(item["copies"] == {tier: {"state": "verified", "error": "", "damaged": False}} for item in versions)
     assert versions[1]["ranks"] == [0, 1]
 
 
@@ -102,6 +102,8 @@ def test_a_flipped_bit_is_found_by_digest_only(cairn: Cairn, store: str) -> None
     (finding,) = outcome.json(schemas.VERIFY)["findings"]
     assert (finding["version"], finding["path"]) == (MIDDLE, "model.pt")
     assert "block 1" in finding["problem"]
+    assert f"cairn verify {MIDDLE} --deep --job run-7" in finding["next_step"]
+    assert ("tier 1 has the version" if store.startswith("file://") else "tier 2") in finding["next_step"]
     assert cairn("verify", "--deep", NEWEST, "--store", store).status == 0
     text = cairn("verify", "--deep", "--store", store)
     assert text.status == 1

@@ -74,6 +74,17 @@ def test_pin_and_unpin(online: Cairn) -> None:
     assert online("unpin", NAMES[0], "--json").json(schemas.PIN)["changed"] is False
 
 
+def test_a_version_that_resume_passes_over(online: Cairn) -> None:
+    marked = online("mark", "global_step2", "--pass-over", "its loss exploded", "--json").json(schemas.MARK)
+    assert (marked["version"], marked["passed_over"], marked["changed"]) == (NAMES[1], "its loss exploded", True)
+    assert online("mark", NAMES[1], "--pass-over", "its loss exploded", "--json").json(schemas.MARK)["changed"] is False
+    assert "passed-over" in online("list").out
+    assert "its loss exploded" in online("show", "global_step2").out
+    assert online("mark", "global_step2", "--sound").status == 0
+    assert "passed-over" not in online("list").out
+    assert online("mark", "global_step2").status == 2
+
+
 def test_a_dry_run_prints_exactly_what_prune_does(online: Cairn, daemon: DaemonProcess) -> None:
     assert online("pin", "global_step1").status == 0
     planned = online("prune", "--dry-run", "--json").json(schemas.PRUNE)
@@ -190,8 +201,13 @@ def test_damage_is_found_and_never_exported(online: Cairn, daemon: DaemonProcess
         (NAMES[3], "model.pt", "tier1")
     ]
     assert (verdict["versions_checked"], verdict["copies_checked"]) == (4, 4)
+    assert "no tier is known to have an intact copy" in verdict["findings"][0]["next_step"]
     assert "t1!" in online("list").lines[2]
-    assert online("export", "global_step4", tmp_path / "out").status == 13
+    for _ in range(2):  # the first time sets the copy aside, so that the second finds no file
+        refused = online("export", "global_step4", tmp_path / "out", "--json")
+        assert refused.status == 13
+        assert "does not match its digest" in refused.error()["message"]
+        assert str(daemon.tier1_path / layout.QUARANTINE) in refused.error()["hint"]
     assert not (tmp_path / "out").exists()
     assert online("verify", "--deep", "global_step3").out.splitlines()[-1].endswith("no problems")
 

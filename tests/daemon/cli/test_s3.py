@@ -59,6 +59,35 @@ def test_wrong_credentials_are_named_and_not_shown(server: SeaweedServer) -> Non
     assert "wrong-secret-8c1" not in outcome.stderr
 
 
+@pytest.mark.parametrize(
+    ("bucket", "secret", "status", "said"),
+    [("", SECRET_KEY, 0, "honours put-if-absent"), ("missing", SECRET_KEY, 12, "missing"), ("", "wrong-8c1", 12, "")],
+)
+def test_a_doctor_tries_a_real_bucket(
+    server: SeaweedServer, tmp_path: Path, bucket: str, secret: str, status: int, said: str
+) -> None:
+    (tmp_path / "tier1").mkdir()
+    before = sorted(server.file_system().find(server.bucket))
+    flags = [
+        f"--tier1-path={tmp_path}/tier1", f"--runtime-dir={tmp_path}/run", "--capture-memory-bytes=10000000",
+        f"--persistent-storage-path=s3://{bucket or server.bucket}/checkpoints",
+        f"--storage-options=endpoint_url={server.endpoint_url},region=us-east-1,addressing_style=path",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "cairnd.cli.main", "doctor", "--json", "--", *flags],
+        capture_output=True, text=True, check=False, timeout=100,
+        env={**os.environ, "AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": secret},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (status, "")
+    document = json.loads(done.stdout)
+    jsonschema.validate(document, schemas.DOCTOR)
+    (found,) = [f for f in document["findings"] if f["check"] == "tier2" and (f["level"] == "problem") is (status > 0)]
+    assert said in found["message"]
+    assert bool(found["fix"]) is (status > 0)
+    assert secret not in done.stdout
+    assert sorted(server.file_system().find(server.bucket)) == before
+
+
 def test_an_endpoint_that_does_not_answer_is_unavailable(server: SeaweedServer) -> None:
     command = [sys.executable, "-m", "cairnd.cli.main", "list", "--store", f"s3://{server.bucket}/checkpoints"]
     command += ["--storage-option", "endpoint_url=http://127.0.0.1:1"]

@@ -268,7 +268,8 @@ async def test_another_bucket_is_read_by_many_and_leaves_this_ones_versions_alon
     (rank,) = await Rank.launch(lab)
     mine = await rank.save({"model.pt": b"mine", "zero/optim.pt": b"mine"}, tag=version.tag)
     assert mine == version  # the same name, other bytes
-    (found,), claim = await lab.app.inventory.read_source(source, JOB)
+    (found,), claim, damaged = await lab.app.inventory.read_source(source, JOB)
+    assert not damaged
     assert claim is not None
     readers = [Reader(lab) for _ in range(4)]
 

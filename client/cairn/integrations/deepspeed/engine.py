@@ -23,7 +23,7 @@ from cairn.integrations.deepspeed.preallocating import sizes_of
 from cairn.integrations.deepspeed.states import Loading, load_file
 from cairn.save import Checkpoint
 from cairn.settings import ClientSettings
-from cairn_api.errors import ConfigurationError, SaveFailedError
+from cairn_api.errors import CairnError, ConfigurationError, SaveFailedError
 from cairn_api.names import VersionId
 
 log = logging.getLogger("cairn")
@@ -131,7 +131,7 @@ class CairnCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # DeepSpee
 
         Raises on every rank what keeps all ranks from saving: different tags, no free buffer, an earlier failure.
         """
-        self.abandon("another save began before it was committed")
+        self.abandon("the program never committed it")
         tag, directory = self._identify(info)
         save_dir = os.path.realpath(directory)
         job = job_for(self.settings, save_dir)
@@ -177,6 +177,8 @@ class CairnCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # DeepSpee
         tag, _ = self._identify(info)
         saving, self._saving = self._saving, None
         if saving is None or saving.tag != tag:
+            if saving is not None and saving.checkpoint is not None:
+                saving.checkpoint.abort(f"the program committed {tag!r} instead")
             raise ConfigurationError(
                 f"commit of {tag!r} without a create", hint="call create, save and commit in order"
             )
@@ -189,7 +191,12 @@ class CairnCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # DeepSpee
     def _finish(self, saving: Saving) -> None:
         client = saving.job.client
         said = {"names": saving.names, "error": error_to_json(saving.failure)}
-        gathered = client.ranks.all_gather(f"saved for {saving.tag}", said, self.settings.commit_timeout_s)
+        try:
+            gathered = client.ranks.all_gather(f"saved for {saving.tag}", said, self.settings.commit_timeout_s)
+        except CairnError as error:
+            if saving.checkpoint is not None:
+                saving.checkpoint.abort(error.message)
+            raise
         problem = first_error(gathered)
         names_by_rank: list[list[str]] = [item["names"] for item in gathered]
         if saving.checkpoint is not None and (problem is not None or not any(names_by_rank)):

@@ -1,23 +1,27 @@
 """Read copies again and compare them with their manifests.
 
 Without --deep: manifests, names and sizes. With --deep: every digest of every byte. VERSION is a version's name or a
-tag; without it all versions of the job are checked. The daemon takes copies that it finds damaged out of use; with
---store nothing is changed. Leaves with 1 if anything is damaged.
+tag; without it all versions of the job are checked. The daemon takes copies that it finds damaged out of use, keeps
+that in mind over restarts, and makes them again from another tier that has the version; with --store nothing is
+changed. Each damaged copy comes with its next step. Leaves with 1 if anything is damaged.
 
 JSON: {"job", "deep": bool, "versions_checked": int, "copies_checked": int, "read_bytes": int,
-"findings": [{"job", "tag", "epoch", "sequence", "version", "tier", "path", "problem"}, ...]}; a finding with an empty
-path concerns a whole copy.
+"findings": [{"job", "tag", "epoch", "sequence", "version", "tier", "path", "problem", "next_step"}, ...]}; a finding
+with an empty path concerns a whole copy.
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from collections.abc import Sequence
 
+from cairn_api.names import VersionId
 from cairnd.cli.documents import name_document
 from cairnd.cli.invocation import Invocation
 from cairnd.cli.output import Advance
 from cairnd.cli.source import Check
 from cairnd.cli.text import count_text, size_text, wrapped
+from cairnd.model import Tier, Version
 from cairnd.upkeep.verifier import Finding
 
 NAME = "verify"
@@ -37,6 +41,7 @@ def run(invocation: Invocation) -> int:
     with output.progress("verifying") as advance:
         totals = _Totals(invocation, advance)
         invocation.source().verify(job, text, deep=arguments.deep, report=totals.add)
+    steps = next_steps(invocation, job, totals.findings)
     if output.as_json:
         output.json(
             {
@@ -46,18 +51,63 @@ def run(invocation: Invocation) -> int:
                 "copies_checked": totals.copies,
                 "read_bytes": totals.read_bytes,
                 "findings": [
-                    {**name_document(item.job, item.id), "tier": item.tier, "path": item.path, "problem": item.problem}
+                    {
+                        **name_document(item.job, item.id), "tier": item.tier, "path": item.path,
+                        "problem": item.problem, "next_step": steps[item.id, item.tier],
+                    }
                     for item in totals.findings
                 ],
             }
-        )
+        )  # fmt: skip
     else:
+        for (version, tier), step in steps.items():
+            output.lines(wrapped(step, first=f"{version} in {tier}: ", indent="  "))
         read = f", {size_text(totals.read_bytes)} read" if arguments.deep else ""
         result = count_text(len(totals.findings), "problem") if totals.findings else "no problems"
         output.text(
             f"{count_text(totals.versions, 'version')}, {count_text(totals.copies, 'copy')} checked{read}: {result}"
         )
     return FOUND_DAMAGE if totals.findings else 0
+
+
+def next_steps(invocation: Invocation, job: str, findings: Sequence[Finding]) -> dict[tuple[VersionId, Tier], str]:
+    """What is done, or is to be done, about each damaged copy."""
+    copies = dict.fromkeys((finding.id, finding.tier) for finding in findings)
+    if not copies:
+        return {}
+    if invocation.arguments.store is not None:
+        return {(version, tier): _OFFLINE[tier].format(version=version, job=job) for version, tier in copies}
+    known = {item.version.id: item.version for item in invocation.source().versions(job).versions}
+    return {(version, tier): _online(known.get(version), version, job, tier) for version, tier in copies}
+
+
+_OFFLINE = {
+    Tier.TIER1: "run `cairn verify {version} --deep --job {job}` with cairnd running: it takes this copy out of use "
+    "and makes it again from tier 2, if that has the version (`cairn verify --store URL`); else choose another version",
+    Tier.TIER2: "run `cairn verify {version} --deep --job {job}` on a node whose tier 1 has the version: its daemon "
+    "uploads it again; if there is none, choose another version",
+}
+
+
+def _online(version: Version | None, name: VersionId, job: str, tier: Tier) -> str:
+    other = Tier.TIER2 if tier is Tier.TIER1 else Tier.TIER1
+    if version is None:
+        return f"it is not used any more; see with `cairn list --job {job}` what is intact"
+    if version.has(tier):
+        return f"it was made again from {other} meanwhile"
+    if version.has(other) and tier is Tier.TIER1:
+        return (
+            "it is out of use, and made again from tier2 in the background; loads read tier2 meanwhile, and what was "
+            "damaged goes to .cairn/quarantine in tier 1"
+        )
+    if version.has(other):
+        again = (
+            "and is uploaded again from tier1" if version.wants_tier2 else f"(`cairn persist {name}` uploads it again)"
+        )
+        return f"it is out of use {again}; loads read tier1"
+    if version.has(Tier.MEMORY):
+        return f"only memory has an intact copy: save it now with `cairn export {name} DIR --job {job}`"
+    return f"no tier is known to have an intact copy: choose another version (`cairn list --job {job}`)"
 
 
 class _Totals:

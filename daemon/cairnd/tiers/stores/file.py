@@ -181,12 +181,25 @@ class FileStore:
         return count
 
     def _stale_uploads(self, prefix: str, older_than_s: float) -> Iterator[str]:
-        before_s = time.time() - older_than_s
+        before_s: float | None = None
         for key, name in self._walk(prefix):
             path = self._root / key
+            if self._is_object(name):
+                continue
             with explained("look at", path), suppress(FileNotFoundError):
-                if not self._is_object(name) and self._fs.lstat(path).st_mtime <= before_s:
+                before_s = self._now_s(path.parent) - older_than_s if before_s is None else before_s
+                if self._fs.lstat(path).st_mtime <= before_s:
                     yield key
+
+    def _now_s(self, folder: Path) -> float:
+        """The present by the clock that wrote the times of uploads too: this machine's may be wrong by days."""
+        path = folder / f"{_TEMPORARY_PREFIX}{secrets.token_hex(16)}"
+        fd = self._fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            return self._fs.fstat(fd).st_mtime
+        finally:
+            self._fs.close(fd)
+            self._fs.unlink(path)
 
     @staticmethod
     def _is_object(name: str) -> bool:
@@ -214,11 +227,13 @@ class FileStore:
         except BaseException:
             with suppress(OSError):  # what went wrong first is what tells; a temporary file left behind is swept later
                 self._fs.unlink(temporary)
-            self._remove_empty(final.parent)
+            with suppress(OSError):
+                self._remove_empty(final.parent)
             raise
-        with explained("remove", temporary), suppress(FileNotFoundError):
-            self._fs.unlink(temporary)
-        self._remove_empty(final.parent)
+        with explained("remove", temporary):
+            with suppress(FileNotFoundError):
+                self._fs.unlink(temporary)
+            self._remove_empty(final.parent)
 
     def _create(self, key: str, temporary: Path, create: Callable[[Path], _Made]) -> _Made:
         for _ in range(_FOLDER_ATTEMPTS - 1):

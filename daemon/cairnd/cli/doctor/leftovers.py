@@ -1,0 +1,177 @@
+"""What crashes, killed daemons and people have left in tier 1 and in the runtime folder, with sizes."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from cairn_api.names import RESERVED_NAME
+from cairn_api.wire import GRPC_SOCKET_NAME, SIDE_SOCKET_NAME
+from cairnd import layout
+from cairnd.cli.doctor.findings import Finding, listed, ok, problem, warning
+from cairnd.cli.doctor.stored import Stored
+from cairnd.cli.doctor.subject import Subject
+from cairnd.cli.text import count_text, size_text
+from cairnd.tiers.atomic import TEMPORARY_SUFFIX
+
+CHECK = "leftovers"
+_STALE_S = 3600.0
+_OWN_NAMES = frozenset({RESERVED_NAME, layout.VERSIONS, "lost+found"})
+
+
+def check(subject: Subject, stored: Stored) -> Iterator[Finding]:
+    """See the module."""
+    found = [*_in_runtime_folder(subject), *_lock(subject)]
+    if subject.tier1.is_dir():
+        found += [*_in_tier1(subject, stored), *_quarantine(subject)]
+    yield from found
+    if not found:
+        yield ok(CHECK, "nothing was left behind")
+
+
+def _in_runtime_folder(subject: Subject) -> Iterator[Finding]:
+    names = [name for name in (GRPC_SOCKET_NAME, SIDE_SOCKET_NAME) if _is_socket(subject.runtime_dir / name)]
+    if names and subject.daemon is None:
+        yield warning(
+            CHECK,
+            f"{', '.join(names)} in {subject.runtime_dir}, where nobody listens: its daemon was killed, or is starting",
+            "start cairnd (systemctl start cairnd), which replaces them",
+        )
+
+
+def _lock(subject: Subject) -> Iterator[Finding]:
+    """Who owns the tree, from the kernel's table: taking the lock, even for a moment, could stop a daemon's start."""
+    owner = lock_owner(subject.tier1 / layout.LOCK_KEY, subject.machine)
+    if owner is None:
+        return
+    if subject.daemon is None:
+        yield problem(
+            CHECK,
+            f"process {owner} owns {subject.tier1} and does not listen in {subject.runtime_dir}: it hangs, is "
+            "starting, or has another runtime_dir",
+            f"look at it (ps {owner}; journalctl -u cairnd), and give its runtime_dir with --runtime-dir or stop it",
+        )
+    elif subject.daemon.pid not in (0, owner) and owner:
+        yield problem(
+            CHECK,
+            f"process {owner} owns {subject.tier1}, and process {subject.daemon.pid} listens in {subject.runtime_dir}",
+            "one tier1_path and one runtime_dir belong to one daemon: stop one of them",
+        )
+
+
+def lock_owner(path: Path, machine: Path) -> int | None:
+    """The process that holds the lock on *path*; 0 for one in another pid namespace; None if nobody does."""
+    try:
+        inode = path.stat().st_ino
+    except OSError:
+        return None
+    for line in (machine / "proc/locks").read_text().splitlines():
+        fields = line.split()
+        if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
+            return max(int(fields[4]), 0)
+    return None
+
+
+def _in_tier1(subject: Subject, stored: Stored) -> Iterator[Finding]:
+    root, scanned = subject.tier1, stored.scan()
+    # While a daemon runs, what it is writing at the moment looks the same as what one left.
+    unfinished = [key for key in scanned.swept if subject.daemon is None or _age_s(root / key) > _wait_s(subject)]
+    if unfinished:
+        yield warning(
+            CHECK,
+            f"{_listed(unfinished, 'unfinished version')}, no manifest ({_sizes(root, unfinished)}): never promised",
+            "nothing: cairnd removes them at its next start",
+        )
+    for key, why in scanned.quarantined:
+        yield problem(
+            CHECK,
+            f"the manifest of {key} is damaged: {why}",
+            "restart cairnd, which moves it to the quarantine folder; `cairn list` shows where else the version is",
+        )
+    incoming = [
+        layout.incoming_folder(version.job, version.id)
+        for version in scanned.versions
+        if _is_stale(subject, root / layout.incoming_folder(version.job, version.id))
+    ]
+    if _is_stale(subject, root / layout.FETCHED):
+        incoming.append(layout.FETCHED)
+    if incoming:
+        yield warning(
+            CHECK,
+            f"{_listed(incoming, 'partial download')} ({_sizes(root, incoming)})",
+            "nothing: cairnd removes them at its next start",
+        )
+    temporary = [
+        path.relative_to(root).as_posix()
+        for path in (root / RESERVED_NAME).rglob(f".*{TEMPORARY_SUFFIX}")
+        if time.time() - path.lstat().st_mtime > _STALE_S
+    ]
+    if temporary:
+        yield warning(
+            CHECK,
+            f"{_listed(temporary, 'temporary file')} of records ({_sizes(root, temporary)})",
+            f"stop the daemon, then find {root / RESERVED_NAME} -name '.*{TEMPORARY_SUFFIX}' -delete",
+        )
+    foreign = [f"{layout.VERSIONS}/{name}" for name in scanned.foreign]
+    foreign += sorted(entry.name for entry in stored.tier.list_folder("") if entry.name not in _OWN_NAMES)
+    if foreign:
+        yield warning(
+            CHECK,
+            f"{_listed(foreign, 'name')} that Cairn did not make ({_sizes(root, foreign)}): it neither reads nor "
+            "removes them, and they take space",
+            f"move them out of {root}",
+        )
+
+
+def _quarantine(subject: Subject) -> Iterator[Finding]:
+    folder = subject.tier1 / layout.QUARANTINE
+    files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+    if files:
+        size_bytes = sum(path.lstat().st_size for path in files)
+        yield warning(
+            CHECK,
+            f"{count_text(len(files), 'file')} of damaged copies in {folder} ({size_text(size_bytes)})",
+            f"copy what you want to look at, then rm -r {folder}/*",
+        )
+
+
+def _wait_s(subject: Subject) -> float:
+    return max(subject.settings.commit_timeout_s + subject.settings.lease_s, _STALE_S)
+
+
+def _is_stale(subject: Subject, folder: Path) -> bool:
+    """Whether there is something in *folder* that no running daemon is still at work on."""
+    if not any(path.is_file() for path in folder.rglob("*")):
+        return False
+    return subject.daemon is None or _age_s(folder) > _wait_s(subject)
+
+
+def _age_s(folder: Path) -> float:
+    """Seconds since anything in *folder* was written."""
+    times = [path.lstat().st_mtime for path in (folder, *folder.rglob("*"))]
+    return time.time() - max(times)
+
+
+def _listed(keys: Iterable[str], noun: str) -> str:
+    names = list(keys)
+    return f"{count_text(len(names), noun)} ({listed(names)})"
+
+
+def _sizes(root: Path, keys: Iterable[str]) -> str:
+    total = 0
+    for key in keys:
+        path = root / key
+        for item in (path, *path.rglob("*")) if path.is_dir() else (path,):
+            found = item.lstat()
+            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return size_text(total)
+
+
+def _is_socket(path: Path) -> bool:
+    try:
+        return stat.S_ISSOCK(os.lstat(path).st_mode)
+    except OSError:
+        return False
