@@ -7,6 +7,7 @@ off. Rank 0 claims; the other ranks tell their daemons.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +37,19 @@ class Launch:
         return self.sequence
 
 
-def claim(calls: SaveCalls, ranks: Ranks, max_epoch: int, resumed_from: VersionId | None, timeout_s: float) -> Launch:
-    """Claim an epoch above *max_epoch* (collective). Raises the first failing rank's error on every rank."""
+def claim(
+    calls: SaveCalls,
+    ranks: Ranks,
+    max_epoch: int,
+    resumed_from: VersionId | None,
+    timeout_s: float,
+    known: Callable[[Launch], None],
+) -> Launch:
+    """Claim an epoch above *max_epoch* (collective). Raises the first failing rank's error on every rank.
+
+    *known* is given the launch before this rank's daemon is told of it: one that is restarted later is told by whoever
+    connects to it.
+    """
     told: dict[str, Any] = {}
     error: CairnError | None = None
     if ranks.rank == 0:
@@ -51,11 +63,12 @@ def claim(calls: SaveCalls, ranks: Ranks, max_epoch: int, resumed_from: VersionI
     launch = Launch(
         nonce=told["nonce"], epoch=told["epoch"], provisional=told["provisional"], resumed_from=resumed_from
     )
-    if ranks.rank != 0:
-        try:
-            repeat_claim(calls, ranks, launch)
-        except CairnError as raised:
-            error = raised
+    known(launch)
+    try:
+        # Rank 0's daemon too: it may have been restarted since it answered.
+        _tell(calls, ranks, launch, claim=False)
+    except CairnError as raised:
+        error = raised
     gathered = ranks.all_gather("taking note of the epoch", {"error": error_to_json(error)}, timeout_s)
     if (failure := first_error(gathered)) is not None:
         raise failure
@@ -65,12 +78,16 @@ def claim(calls: SaveCalls, ranks: Ranks, max_epoch: int, resumed_from: VersionI
 def repeat_claim(calls: SaveCalls, ranks: Ranks, launch: Launch) -> None:
     """Tell a daemon that does not know it yet which epoch this launch has."""
     # A provisional claim is still to be put by rank 0's daemon; the same nonce makes putting it again harmless.
+    _tell(calls, ranks, launch, claim=ranks.rank == 0 and launch.provisional)
+
+
+def _tell(calls: SaveCalls, ranks: Ranks, launch: Launch, *, claim: bool) -> None:
     calls.claim_epoch(
         launch.epoch,
         launch.nonce,
         ranks.world_size,
         resumed_from=launch.resumed_from,
-        claim=ranks.rank == 0 and launch.provisional,
+        claim=claim,
         provisional=launch.provisional,
     )
 

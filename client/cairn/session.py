@@ -25,7 +25,7 @@ from cairn.transport.restore_calls import RestoreCalls
 from cairn.transport.save_calls import SaveCalls
 from cairn.transport.shared_memory import Segment
 from cairn.unsettled import Ledger, tell_again
-from cairn_api.errors import CairnError, ConfigurationError, SaveFailedError
+from cairn_api.errors import CairnError, ConfigurationError, SaveFailedError, VersionError
 from cairn_api.names import VersionId
 
 log = logging.getLogger("cairn")
@@ -73,6 +73,10 @@ class Session:
     def local_ranks(self) -> int:
         """How many ranks of the job are on this node."""
         return self.rank_nodes.count(self.rank_nodes[self.ranks.rank])
+
+    def set_launch(self, launch: Launch | None) -> None:
+        """From here on a daemon that is connected to anew is told of *launch*."""
+        self.launch = launch
 
     def start(self) -> None:
         """Start keeping the session alive."""
@@ -186,7 +190,10 @@ class Session:
             if self.launch is not None:
                 repeat_claim(calls, self.ranks, self.launch)
             if self._resume is not None:
-                RestoreCalls(Caller(Fixed(connection), self.settings.job, patience_s=0)).note_resume(*self._resume)
+                try:
+                    RestoreCalls(Caller(Fixed(connection), self.settings.job, patience_s=0)).note_resume(*self._resume)
+                except VersionError:  # deleted by retention meanwhile: newer ones were saved
+                    self._resume = None
             self.note_failures(tell_again(calls, self.ledger, self.pool))
         except BaseException:
             connection.close()

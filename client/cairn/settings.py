@@ -71,6 +71,8 @@ class ClientSettings:
         """Return self, or raise :class:`ConfigurationError` naming the setting, its value and what is accepted."""
         if self.job:
             check_job(self.job)
+        for item in fields(self):
+            _check_sayable(item.name, getattr(self, item.name))
         for name in ("persistent_time_interval", "num_of_version_in_retention", "buffer_wait_s"):
             if getattr(self, name) < 0:
                 raise _invalid(name, getattr(self, name), "0 or more")
@@ -88,6 +90,24 @@ class ClientSettings:
             if getattr(self, name) and "://" not in getattr(self, name):
                 raise _invalid(name, getattr(self, name), "a URL such as s3://bucket/prefix or file:///folder")
         return self
+
+
+_MOST = 1_000_000_000
+"""Of any number: timers of Python and fields of the wire have bounds, 30 years and 4 thousand million."""
+
+
+def _check_sayable(name: str, value: bool | float | str) -> None:
+    """Raise for what timers, paths and the wire cannot express."""
+    if isinstance(value, (int, float)):
+        if not -_MOST <= value <= _MOST:  # or is not a number
+            raise _invalid(name, value, f"{_MOST} or less")
+        return
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _invalid(name, value, "a text that has a UTF-8 form") from None
+    if "\0" in value:
+        raise _invalid(name, value, "a text without NUL")
 
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -159,7 +179,7 @@ def _convert(name: str, value: object, kind: type) -> object:
         raise _invalid(name, value, _KIND_NAMES[kind])
     try:
         return kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise _invalid(name, value, _KIND_NAMES[kind]) from None
 
 

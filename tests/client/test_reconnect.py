@@ -11,11 +11,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import cairn
+from cairn.transport.messages import Claimed
+from cairn.transport.save_calls import SaveCalls
 from tests.client.conftest import Connect
 from tests.daemon_process import DaemonProcess
 
@@ -54,6 +57,25 @@ def test_nothing_captured_is_lost(daemon: DaemonProcess, connect: Connect, momen
         with client.create(f"later{number}") as checkpoint:
             checkpoint.save("model.pt", STATE)
         check(client, f"later{number}")
+
+
+def test_the_daemon_dies_between_the_claim_of_the_epoch_and_the_first_version(
+    daemon: DaemonProcess, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, claim_epoch = connect(), SaveCalls.claim_epoch
+
+    def restarting(self: SaveCalls, epoch: int, nonce: str, world_size: int, **others: Any) -> Claimed:
+        claimed = claim_epoch(self, epoch, nonce, world_size, **others)
+        if not client.statistics()["reconnects"]:
+            daemon.restart()
+            while not client.statistics()["reconnects"]:
+                time.sleep(0.01)
+        return claimed
+
+    monkeypatch.setattr(SaveCalls, "claim_epoch", restarting)
+    with client.create("step1") as checkpoint:
+        checkpoint.save("model.pt", STATE)
+    check(client, "step1")
 
 
 def held_buffers() -> int:

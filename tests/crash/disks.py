@@ -7,6 +7,8 @@ import os
 import shutil
 import struct
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +18,8 @@ import pytest
 # linux: _IOR('X', 125, __u32) and xfs' XFS_FSOP_GOING_FLAGS_NOLOGFLUSH, which ext4 took over under another name.
 _FS_IOC_SHUTDOWN = 0x8004587D
 _NO_LOG_FLUSH = 2
+
+_RELEASE_S = 10.0
 
 _MAKE = {
     # -m 0: no blocks set aside for root, so that "full" means the same for every user.
@@ -38,6 +42,10 @@ class Mount:
     def unmount(self) -> None:
         """Unmount it; fails when a process still uses it."""
         _command("umount", self.path)
+
+    def remount(self, options: str) -> None:
+        """Change its options while it is in use: ``ro``, ``rw``."""
+        _command("mount", "-o", f"remount,{options}", self.path)
 
     def __enter__(self) -> Self:
         self.mount()
@@ -75,7 +83,20 @@ class LoopDisk(Mount):
     def power_on(self) -> None:
         """After a cut, with no process left on the disk: mount again, which replays the journal."""
         self.unmount()
+        deadline_s = time.monotonic() + _RELEASE_S
+        # What else holds it (a copy of the mount namespace) would have the dead file system mounted once more.
+        while self._is_attached():
+            if time.monotonic() > deadline_s:
+                raise OSError(f"{self._image} is still in use: see `losetup -a`, and `grep {self.path} /proc/*/mounts`")
+            time.sleep(0.005)
         self.mount()
+
+    def _is_attached(self) -> bool:
+        for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+            with suppress(FileNotFoundError):  # detached since it was listed
+                if path.read_text().strip() == str(self._image):
+                    return True
+        return False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

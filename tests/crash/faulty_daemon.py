@@ -11,22 +11,27 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 from cairnd import __main__ as cairnd_main
 from cairnd import layout
 from cairnd.app import App
+from cairnd.catalog.verified import VerifiedFiles
 from cairnd.core import Surroundings
 from cairnd.manifest import NodeManifest
+from cairnd.restore import fetcher
+from cairnd.restore.memory_copies import MemoryCopies
 from cairnd.session import tier1_writer
 from cairnd.session.saves import Received
 from cairnd.tiers.filesystem import AnyPath, OsFileSystem
 from cairnd.tiers.local import LocalTier
+from tests.crash import impatient
 
 SURROUNDINGS = Surroundings()
 """What else is replaced, beside the file system."""
@@ -51,12 +56,24 @@ class NoFolderSync(OsFileSystem):
             super().fsync_folder(path)
 
 
+class SwallowedSyncError(OsFileSystem):
+    """A sync that fails is taken for one that did not."""
+
+    def fsync(self, fd: int) -> None:
+        with suppress(OSError) if _of_versions(_path_of(fd)) else nullcontext():
+            super().fsync(fd)
+
+    def fsync_folder(self, path: AnyPath) -> None:
+        with suppress(OSError) if _of_versions(path) else nullcontext():
+            super().fsync_folder(path)
+
+
 class SlowDisk(OsFileSystem):
     """No bug: each sync of a partition takes a while, so that versions stay sealed and not yet durable."""
 
     def fsync(self, fd: int) -> None:
         if "/incoming/" in str(_path_of(fd)):
-            time.sleep(0.3)
+            time.sleep(0.1)
         super().fsync(fd)
 
 
@@ -68,6 +85,15 @@ class HeldDisk(OsFileSystem):
             while Path(os.environ[HOLD]).exists():
                 time.sleep(0.01)
         super().fsync(fd)
+
+
+class BufferedDisk(OsFileSystem):
+    """No bug: a file system that goes through the page cache only, and says so."""
+
+    def open(self, path: AnyPath, flags: int, mode: int = 0o600) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return super().open(path, flags, mode)
 
 
 class DiesWhileSweeping(OsFileSystem):
@@ -94,7 +120,7 @@ def publish_manifest_first(
     """:func:`cairnd.session.tier1_writer.publish_version` in the wrong order, on a slow disk."""
     assert not protect, "the tests with this fault do not ask for it"
     tier1.put_small(layout.manifest(manifest.job, manifest.id), manifest.encode())
-    time.sleep(0.05)
+    time.sleep(0.1)
     keys = []
     for path, item in items.items():
         assert item.writer is not None, "it was written"
@@ -105,13 +131,45 @@ def publish_manifest_first(
     tier1.delete_tree(layout.incoming_folder(manifest.job, manifest.id))
 
 
+class _EqualToAll:
+    """A checksum that matches any other."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]  # nobody keeps one
+
+
+async def _believe(*arguments: object) -> bool:
+    """Instead of :meth:`MemoryCopies.intact`."""
+    del arguments
+    return True
+
+
+@contextmanager
+def no_digest_at_restore() -> Iterator[None]:
+    """Restores from memory, tier 1 and tier 2 take what they find; sizes are still looked at."""
+    with (
+        mock.patch.object(MemoryCopies, "intact", _believe),
+        mock.patch.object(VerifiedFiles, "check", return_value=None),
+        mock.patch.object(fetcher, "checksums", SimpleNamespace(crc64nvme=lambda block: _EqualToAll())),  # noqa: ARG005
+    ):
+        yield
+
+
 FILE_SYSTEMS: Mapping[str, type[OsFileSystem]] = {
     "no_file_sync": NoFileSync,
     "no_folder_sync": NoFolderSync,
+    "swallowed_sync_error": SwallowedSyncError,
     "slow_disk": SlowDisk,
     "held_disk": HeldDisk,
+    "buffered_disk": BufferedDisk,
     "dies_while_sweeping": DiesWhileSweeping,
     "manifest_first": OsFileSystem,
+    "no_digest_at_restore": OsFileSystem,
+    "deletes_too_early": SlowDisk,
+    "trusts_latest": OsFileSystem,
+    "sweeps_live_session": SlowDisk,
 }
 
 
@@ -145,6 +203,10 @@ def main() -> int:
         )
         if fault == "manifest_first":
             patched.enter_context(mock.patch.object(tier1_writer, "publish_version", publish_manifest_first))
+        if fault == "no_digest_at_restore":
+            patched.enter_context(no_digest_at_restore())
+        if fault in impatient.PLANTED:
+            patched.enter_context(impatient.PLANTED[fault]())
         return cairnd_main.main(arguments)
 
 

@@ -2,7 +2,8 @@
 
 One cycle: the daemon starts on what the last cut left (recovery), a trainer loads the newest version and saves one
 after the other, the disk loses its power at a random moment, both processes are killed, the journal is replayed, and
-every byte of every listed version is read. Retention is small, so deletions are cut in half too.
+every byte of every listed version is read and compared with what was saved. Retention is small, so deletions are cut in
+half too.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from cairn_api.names import VersionId
 from tests.crash import faulty_daemon, oracle, ranks
 from tests.crash.disks import LoopDisk
-from tests.crash.trainer import JOB, Trainer, Trainers, train
+from tests.crash.trainer import JOB, Trainer, Trainers, train_after
 from tests.daemon_process import DaemonProcess
 
 KEEP = 4
 _DISK_BYTES = 384 * 1024 * 1024  # xfs makes nothing below 300 MiB
 _EARLY_CUTS = 0.15
-_LONGEST_WAIT_S = 0.4
-_PAUSES_S = (0.0, 0.0, 0.03, 0.15)
+_LONGEST_WAIT_S = 0.25
+PAUSES_S = (0.0, 0.0, 0.03, 0.15)
 
 
 @dataclass(slots=True)
@@ -45,9 +47,9 @@ class Figures:
     """Versions that loaded with other tensors than were saved, or another version than the newest."""
 
     @property
-    def clean(self) -> bool:
-        """Whether every promise was kept."""
-        return not (self.lost or self.torn or self.unlike or self.wrong)
+    def broken(self) -> list[str]:
+        """All that was not as promised."""
+        return [*self.lost, *self.torn, *self.unlike, *self.wrong]
 
     def line(self) -> str:
         """For the report."""
@@ -59,14 +61,41 @@ class Figures:
         )
 
 
+class _Known(NamedTuple):
+    """How much of what was in the diary before a cycle."""
+
+    promised: int
+    loaded: int
+    afresh: int
+    wrong: int
+
+    @classmethod
+    def of(cls, diary: oracle.Diary) -> _Known:
+        return cls(len(diary.promised), len(diary.loaded), diary.begun_afresh, len(diary.wrong))
+
+
 class PowerCuts:
     """One disk, cut again and again; see the module."""
 
-    def __init__(self, folder: Path, trainers: Trainers, kind: str, seed: int, fault: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        trainers: Trainers,
+        kind: str,
+        seed: int,
+        fault: str = "",
+        *,
+        pauses_s: tuple[float, ...] = PAUSES_S,
+    ) -> None:
+        """*pauses_s*: what trainers wait between two saves, one of these in each cycle."""
+        self._pauses_s = pauses_s
         self._folder = folder
         self._trainers = trainers
         self._random = random.Random(seed)  # noqa: S311 - moments of cuts, not secrets
         self._diary_path = folder / "diary"
+        self._diary = oracle.Diary()
+        self._contents = oracle.Contents()
+        self._cut_early = False
         self._missing: set[VersionId] = set()
         self._seen_torn: set[str] = set()
         self.figures = Figures(kind, fault, seed)
@@ -76,7 +105,7 @@ class PowerCuts:
         figures = self.figures
         start_s = time.monotonic()
         with LoopDisk(self._folder, figures.kind, _DISK_BYTES) as disk:
-            while figures.cuts < cuts and (figures.clean or not stop_at_first):
+            while figures.cuts < cuts and not (stop_at_first and figures.broken):
                 self._cycle(disk, last=False)
                 figures.cuts += 1
                 self._judge(disk)
@@ -87,6 +116,14 @@ class PowerCuts:
 
     def _cycle(self, disk: LoopDisk, *, last: bool) -> None:
         before = self._examine(disk)
+        self.figures.unlike += oracle.unlike_recoveries(disk.path / "tier1")
+        name, pause_s = f"c{self.figures.cuts}", self._random.choice(self._pauses_s)
+        go_on_path = self._folder / f"go-on-{name}"
+        known = _Known.of(self._read_on())
+        trainer = self._trainers.start(  # its process is made while the daemon starts
+            train_after, str(go_on_path),
+            str(self._folder / "run"), str(self._diary_path), name, "tier1", pause_s, 1 if last else 10**6, {},
+        )  # fmt: skip
         daemon = DaemonProcess(
             self._folder,
             environment=faulty_daemon.environment(),
@@ -99,16 +136,12 @@ class PowerCuts:
             after = self._examine(disk)
             if after.listed != before.listed or after.unfinished:
                 self.figures.unlike.append(f"after cut {self.figures.cuts}: {before} became {after}")
-            known = oracle.Diary.read(self._diary_path)
-            name, pause_s = f"c{self.figures.cuts}", self._random.choice(_PAUSES_S)
-            trainer = self._trainers.start(
-                train, str(daemon.runtime_dir), str(self._diary_path), name, "tier1", pause_s, 1 if last else 10**6, {}
-            )
+            go_on_path.touch()
             if last:
                 if trainer.end() != 0:
                     self.figures.wrong.append(f"the last trainer failed: {trainer.log}")
             else:
-                self._wait_for_moment(len(known.promised), trainer)
+                self._wait_for_moment(known.promised, trainer)
                 disk.cut_power()
                 trainer.kill9()
         self._check_loaded(before, known)
@@ -116,27 +149,28 @@ class PowerCuts:
             disk.power_on()
 
     def _wait_for_moment(self, promised_before: int, trainer: Trainer) -> None:
-        if self._random.random() < _EARLY_CUTS:
-            time.sleep(self._random.uniform(0, _LONGEST_WAIT_S))
+        # Early ones never come twice in a row: a version that several launches died on would rightly be passed over.
+        self._cut_early = not self._cut_early and self._random.random() < _EARLY_CUTS
+        if self._cut_early:
+            time.sleep(self._random.uniform(0, 2 * _LONGEST_WAIT_S))
             return
         ranks.wait_until(
-            lambda: len(oracle.Diary.read(self._diary_path).promised) > promised_before,
-            "the first save of a trainer",
-            trainer=trainer,
+            lambda: len(self._read_on().promised) > promised_before, "the first save of a trainer", trainer=trainer
         )
         time.sleep(self._random.uniform(0, _LONGEST_WAIT_S))
 
-    def _check_loaded(self, before: oracle.Found, known: oracle.Diary) -> None:
-        now = oracle.Diary.read(self._diary_path)
-        self.figures.wrong += now.wrong[len(known.wrong) :]
-        for version in now.loaded[len(known.loaded) :]:
+    def _check_loaded(self, before: oracle.Found, known: _Known) -> None:
+        now, newest = self._read_on(), max(before.listed, default=None)
+        self.figures.wrong += now.wrong[known.wrong :]
+        for version in now.loaded[known.loaded :]:
             self.figures.loaded += 1
-            newest = max(before.listed, default=None)
             if version != newest:
                 self.figures.wrong.append(f"{version} was loaded, {newest} is the newest")
+        if now.begun_afresh > known.afresh and newest is not None:
+            self.figures.wrong.append(f"nothing was loaded, {newest} is the newest")
 
     def _judge(self, disk: LoopDisk) -> None:
-        diary = oracle.Diary.read(self._diary_path)
+        diary = self._read_on()
         found = self._examine(disk)
         self.figures.tried, self.figures.promised = len(diary.tried), len(diary.promised)
         lost = oracle.lost(diary.promised, found, KEEP) - self._missing
@@ -147,6 +181,9 @@ class PowerCuts:
 
     def _examine(self, disk: LoopDisk) -> oracle.Found:
         path = disk.path / "tier1"
-        if not path.exists():
-            return oracle.Found((), {}, ())
-        return oracle.examine(path, JOB, oracle.Diary.read(self._diary_path).tried)
+        path.mkdir(exist_ok=True)
+        return oracle.examine(path, JOB, self._read_on().tried, contents=self._contents)
+
+    def _read_on(self) -> oracle.Diary:
+        self._diary.read_on(self._diary_path)
+        return self._diary

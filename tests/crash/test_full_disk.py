@@ -8,7 +8,6 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -19,40 +18,15 @@ from cairn.client import Client
 from cairn.transport.shared_memory import free_memory_bytes
 from tests.crash import faulty_daemon, oracle, ranks
 from tests.crash.disks import LoopDisk, Mount, Tmpfs, need_disks, need_mounts
+from tests.crash.full_disks import Ballast
 from tests.crash.trainer import JOB, DiaryWriter, Trainers, same, save_one
 from tests.daemon_process import DaemonProcess
+from tests.promises import Evidence
 
 MIB = 1024 * 1024
 STATE = {"weights": torch.ones(2 * MIB)}  # 8 MiB
 _CGROUPS = Path("/sys/fs/cgroup/memory")
 _MAP_NORESERVE = 0x4000  # linux/mman.h; not in Python's mmap module before 3.13
-
-
-class Ballast:
-    """What another program writes to the disk of tier 1."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / "somebody-elses"
-        self._folder.mkdir()
-
-    def fill(self, leave_bytes: int) -> None:
-        """Take all but *leave_bytes* of the free space."""
-        with (self._folder / "bytes").open("ab") as file:
-            found = os.statvfs(self._folder)
-            take = found.f_bavail * found.f_frsize - leave_bytes
-            assert take > 0, "the disk is full already"
-            os.posix_fallocate(file.fileno(), file.tell(), take)
-
-    def take_all_inodes(self) -> None:
-        """Make empty files until the file system has no room for another."""
-        with pytest.raises(OSError, match="No space left"):
-            for number in count():
-                (self._folder / f"file-{number}").touch()
-
-    def drop(self) -> None:
-        """Free it."""
-        for path in self._folder.iterdir():
-            path.unlink()
 
 
 @pytest.fixture
@@ -62,14 +36,16 @@ def disk(tmp_path: Path) -> Iterator[LoopDisk]:
         yield mounted
 
 
+@pytest.mark.promise("no_space")
 @pytest.mark.root
 def test_a_full_disk_fails_the_commit_and_nothing_else(
-    tmp_path: Path, disk: LoopDisk, figures: Callable[[str], None]
+    tmp_path: Path, disk: LoopDisk, evidence: Evidence, figures: Callable[[str], None]
 ) -> None:
+    evidence(tried=1)
     with _daemon(tmp_path, disk) as daemon, _connect(daemon) as client:
         _save_and_check(client, daemon, "first")
         ballast = Ballast(disk.path)
-        ballast.fill(leave_bytes=48 * MIB)
+        ballast.leave_bytes(48 * MIB)
         with pytest.raises(cairn.SaveFailedError) as raised:
             _save(client, "second")
         text = str(raised.value)
@@ -90,9 +66,11 @@ def test_a_full_disk_fails_the_commit_and_nothing_else(
     figures("full disk: the commit failed with sizes and next step, earlier versions intact, saving went on when freed")
 
 
+@pytest.mark.promise("no_space")
 @pytest.mark.root
-def test_a_disk_that_fills_up_after_the_commit_is_reported_on_the_next_call(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_after_the_commit_is_reported_on_the_next_call(tmp_path: Path, evidence: Evidence) -> None:
     """On tmpfs, because its last page is the last: ext4 keeps some blocks for hard times."""
+    evidence(tried=1)
     need_mounts()
     hold = tmp_path / "hold"
     with (
@@ -104,7 +82,7 @@ def test_a_disk_that_fills_up_after_the_commit_is_reported_on_the_next_call(tmp_
         ballast = Ballast(disk.path)
         hold.touch()
         version = _save(client, "second")  # its data has its place; now the manifest's is taken
-        ballast.fill(leave_bytes=0)
+        ballast.leave_bytes(0)
         hold.unlink()
         with pytest.raises(cairn.SaveFailedError) as waiting:
             client.wait(version, durability="tier1", timeout=60)
@@ -118,13 +96,15 @@ def test_a_disk_that_fills_up_after_the_commit_is_reported_on_the_next_call(tmp_
         _save_and_check(client, daemon, "fourth")
 
 
+@pytest.mark.promise("no_space")
 @pytest.mark.root
-def test_no_inodes_left_fails_the_commit_and_nothing_else(tmp_path: Path) -> None:
+def test_no_inodes_left_fails_the_commit_and_nothing_else(tmp_path: Path, evidence: Evidence) -> None:
+    evidence(tried=1)
     need_mounts()
     with Tmpfs(tmp_path, 256 * MIB, files=100) as disk, _daemon(tmp_path, disk) as daemon, _connect(daemon) as client:
         _save_and_check(client, daemon, "first")
         ballast = Ballast(disk.path)
-        ballast.take_all_inodes()
+        ballast.leave_inodes(0)
         with pytest.raises(cairn.SaveFailedError, match="No space left on device") as raised:
             _save(client, "second")
         assert "Next step: free space" in str(raised.value)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import random
-import re
-import signal
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -16,61 +12,52 @@ import pytest
 from cairn import session
 from cairn_api.names import VersionId
 from tests.crash import faulty_daemon, oracle, ranks
+from tests.crash.kills import KEEP_ALL, DaemonKills
 from tests.crash.test_power_cut import SEED
 from tests.crash.trainer import JOB, Trainer, Trainers, train
 from tests.daemon_process import DaemonProcess
+from tests.promises import Evidence, proof_size
+
+KILLS = proof_size(40, 950)
+SLOW_DISK_KILLS = proof_size(10, 50)
+MOST_KILLS_TO_CATCH = 30
 
 _PROGRESS_S = 60.0
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.promise("kill")
+@pytest.mark.timeout(120 + 4 * KILLS)
 @pytest.mark.parametrize(
     ("fault", "kills"),
-    [("", 20), ("slow_disk", 12)],
+    [("", KILLS), ("slow_disk", SLOW_DISK_KILLS)],
     ids=["any_moment", "between_sealed_and_tier1"],
 )
 def test_no_committed_version_is_lost(
-    tmp_path: Path, trainers: Trainers, figures: Callable[[str], None], fault: str, kills: int
+    tmp_path: Path, trainers: Trainers, evidence: Evidence, figures: Callable[[str], None], fault: str, kills: int
 ) -> None:
-    moments = random.Random(SEED)  # noqa: S311 - moments of kills, not secrets
-    diary_path = tmp_path / "diary"
-    start_s = time.monotonic()
-    with _daemon(tmp_path, fault) as daemon:
-        # Buffers for four versions, so that several are sealed and not yet durable when the daemon dies.
-        trainer = trainers.start(
-            train, str(daemon.runtime_dir), str(diary_path), "run", "captured", 0.02, 10**6, {"buffers": 4}
-        )
-        for _ in range(kills):
-            _wait_for_a_promise(diary_path, trainer)
-            time.sleep(moments.uniform(0, 0.25))
-            daemon.kill9()
-            time.sleep(moments.choice((0.0, 0.0, 0.3)))  # now and then training has to do without a daemon for a while
-            daemon.start()
-        _wait_for_a_promise(diary_path, trainer)
-        trainer.send(signal.SIGSTOP)  # no more promises; what is sealed is now the daemon's to finish
-        _wait_until_in_tier1(daemon, oracle.Diary.read(diary_path).promised)
-        daemon.kill9()
-        trainer.kill9()
-        again = re.findall(r"version_sealed run-7/(\S+)", daemon.log)
-        reoffered = sum(count > 1 for count in Counter(again).values())
-        diary = oracle.Diary.read(diary_path)
-        found = oracle.examine(daemon.tier1_path, JOB, diary.tried)
-    lost = oracle.lost(diary.promised, found, keep=10**6)
-    figures(
-        f"kills of the daemon{f' ({fault})' if fault else ''}: {kills} kills, {len(diary.tried)} saves begun, "
-        f"{len(diary.promised)} committed, {reoffered} offered again, {len(lost)} lost, {len(found.torn)} torn, "
-        f"{len(diary.failed)} failed ({time.monotonic() - start_s:.0f} s, seed {SEED})"
+    harness = DaemonKills(tmp_path, trainers, SEED, fault)
+    try:
+        found = harness.run(kills)
+    finally:
+        figures(harness.figures.line())
+    evidence(
+        tried=found.kills,
+        broken=len(found.broken),
+        detail=f"{found.promised:,} saves of 4 ranks promised{' on a slow disk' if fault else ''}, "
+        f"{found.reoffered:,} of them offered again, {found.rank_kills:,} deaths of ranks",
     )
-    assert not lost
-    assert not found.torn
-    assert not diary.failed, "a daemon that comes back within reconnect_timeout_s fails no save"
-    assert len(diary.promised) > kills, "training did not go on"
-    if fault:
-        assert reoffered > kills // 2, "so few versions offered again prove nothing"
+    assert not found.broken
+    assert found.promised > found.kills / 2, "so few promises prove nothing"
+    assert found.loaded or fault, "nothing was resumed from"
+    assert found.reoffered > (kills / 2 if fault else 0), "so few versions offered again prove nothing"
+    assert found.persisted, "nothing reached the bucket"
 
 
+@pytest.mark.promise("kill")
 @pytest.mark.timeout(240)
-def test_killed_while_it_removes_a_version_whose_last_sync_failed(tmp_path: Path, trainers: Trainers) -> None:
+def test_killed_while_it_removes_a_version_whose_last_sync_failed(
+    tmp_path: Path, trainers: Trainers, evidence: Evidence
+) -> None:
     diary_path = tmp_path / "diary"
     with _daemon(tmp_path, "dies_while_sweeping") as daemon:
         trainer = trainers.start(train, str(daemon.runtime_dir), str(diary_path), "run", "tier1", 0.0, 1, {})
@@ -79,41 +66,48 @@ def test_killed_while_it_removes_a_version_whose_last_sync_failed(tmp_path: Path
         diary = oracle.Diary.read(diary_path)
         assert not diary.promised
         found = oracle.examine(daemon.tier1_path, JOB, diary.tried)
+        evidence(tried=1, broken=len(found.torn))
         assert not found.torn, "the manifest has to go first"
 
 
-@pytest.mark.timeout(400)
-def test_a_manifest_before_its_data_is_caught(
-    tmp_path: Path, trainers: Trainers, figures: Callable[[str], None]
+@pytest.mark.timeout(120 + 10 * MOST_KILLS_TO_CATCH)
+@pytest.mark.parametrize(
+    ("fault", "kept"),
+    [
+        pytest.param("manifest_first", KEEP_ALL, marks=pytest.mark.planted("manifest_first")),
+        pytest.param("trusts_latest", KEEP_ALL, marks=pytest.mark.planted("trusts_latest")),
+        pytest.param("deletes_too_early", 1, marks=pytest.mark.planted("deletes_too_early")),
+        pytest.param("sweeps_live_session", KEEP_ALL, marks=pytest.mark.planted("sweeps_live_session")),
+    ],
+)
+def test_a_planted_bug_is_caught(
+    tmp_path: Path, trainers: Trainers, figures: Callable[[str], None], fault: str, kept: int
 ) -> None:
-    """The planted bug that a kill can show: a missing fsync it cannot, as the kernel lives on."""
-    diary_path = tmp_path / "diary"
-    moments = random.Random(SEED)  # noqa: S311 - moments of kills, not secrets
-    torn: dict[str, str] = {}
-    kills = 0
-    with _daemon(tmp_path, "manifest_first") as daemon:
-        trainer = trainers.start(train, str(daemon.runtime_dir), str(diary_path), "run", "captured", 0.0, 10**6, {})
-        while not torn and kills < 30:
-            _wait_for_a_promise(diary_path, trainer)
-            time.sleep(moments.uniform(0, 0.1))
-            daemon.kill9()
-            kills += 1
-            torn = oracle.examine(daemon.tier1_path, JOB).torn
-            daemon.start()
-    figures(f"kills of the daemon with manifest_first planted: caught after {kills} kills: {bool(torn)}")
-    assert torn
+    """A missing sync is not among them: no kill can show it, as the kernel lives on."""
+    harness = DaemonKills(tmp_path, trainers, SEED, fault, world_size=2, kept=(kept,))
+    try:
+        found = harness.run(MOST_KILLS_TO_CATCH, stop_at_first=True)
+    finally:
+        figures(harness.figures.line())
+    shown = {
+        "manifest_first": found.torn,
+        "trusts_latest": [*found.torn, *found.unlike],
+        "deletes_too_early": found.lost,
+        "sweeps_live_session": [*found.lost, *found.failed],
+    }
+    assert shown[fault], f"{found.kills} kills did not show the planted bug {fault}: {found}"
 
 
 @pytest.mark.timeout(400)
 def test_a_client_that_does_not_offer_again_is_caught(
     tmp_path: Path, trainers: Trainers, figures: Callable[[str], None]
 ) -> None:
-    """The other planted bug: a client that forgets what it handed over when the daemon is a new one."""
+    """A planted bug of the other side: a client that forgets what it handed over when the daemon is a new one."""
     diary_path = tmp_path / "diary"
     kills, lost = 0, set[VersionId]()
     with _daemon(tmp_path, "slow_disk") as daemon:
         trainer = trainers.start(forgetful_train, str(daemon.runtime_dir), str(diary_path))
-        while not lost and kills < 10:
+        while not lost and kills < MOST_KILLS_TO_CATCH:
             _wait_for_a_promise(diary_path, trainer)
             daemon.kill9()
             kills += 1
@@ -139,7 +133,7 @@ def _daemon(folder: Path, fault: str) -> DaemonProcess:
         environment=faulty_daemon.environment(),
         persistent_storage_path="",
         program=faulty_daemon.program(fault),
-        num_of_version_in_retention=10**6,
+        num_of_version_in_retention=KEEP_ALL,
     )
 
 

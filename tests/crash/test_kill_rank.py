@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from cairnd.upkeep import recovery, verifier
 from tests.crash import faulty_daemon, oracle, ranks
 from tests.crash.trainer import JOB, Trainer, Trainers
 from tests.daemon_process import DaemonProcess
+from tests.promises import Evidence, proof_size
 
 BIG_BYTES = 512 * 1024 * 1024
-ROUNDS = 5
-MOST_ROUNDS = 25
+ROUNDS = proof_size(5, 20)
+MOST_ROUNDS = 5 * ROUNDS
 GO_ON = "go-on"
 _EARLY, _LATE = 1024 * 1024, BIG_BYTES * 7 // 8
 
@@ -31,9 +33,10 @@ def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
         yield started
 
 
+@pytest.mark.promise("rank")
 @pytest.mark.timeout(400)
 def test_a_rank_killed_in_mid_copy_leaves_nothing(
-    tmp_path: Path, daemon: DaemonProcess, trainers: Trainers, figures: Callable[[str], None]
+    tmp_path: Path, daemon: DaemonProcess, trainers: Trainers, evidence: Evidence, figures: Callable[[str], None]
 ) -> None:
     ranks.status(daemon)  # opens whatever the daemon opens once
     before = ranks.descriptors(daemon.pid)
@@ -46,12 +49,17 @@ def test_a_rank_killed_in_mid_copy_leaves_nothing(
         rank.kill9()
         _wait_for_everything_back(daemon, before)
     figures(f"kills of a rank in mid-copy: {rounds} kills, {in_the_middle} with half a state copied, all returned")
+    found = oracle.examine(daemon.tier1_path, JOB)
+    evidence(tried=rounds, broken=len(found.listed) + len(found.unfinished))
     assert in_the_middle, "no kill came in the middle of a copy"
     assert daemon.log.count("version_aborted") == rounds
-    assert oracle.examine(daemon.tier1_path, JOB) == oracle.Found((), {}, ())
+    assert found == oracle.Found((), {}, ())
 
 
-def test_a_rank_stopped_in_mid_copy_loses_its_lease_and_is_told(tmp_path: Path, trainers: Trainers) -> None:
+@pytest.mark.promise("rank")
+def test_a_rank_stopped_in_mid_copy_loses_its_lease_and_is_told(
+    tmp_path: Path, trainers: Trainers, evidence: Evidence
+) -> None:
     with DaemonProcess(tmp_path, lease_s=5.0) as daemon:
         rank = _save_big(tmp_path, daemon, trainers)
         _stop_in_mid_copy(daemon, rank)
@@ -60,13 +68,15 @@ def test_a_rank_stopped_in_mid_copy_loses_its_lease_and_is_told(tmp_path: Path, 
         (tmp_path / GO_ON).touch()
         rank.send(signal.SIGCONT)
         assert rank.end() == 0
+        evidence(tried=1, broken=len(oracle.examine(daemon.tier1_path, JOB).listed))
         (failed,) = oracle.Diary.read(tmp_path / "diary").failed
         assert "was silent for more than 5 s" in failed
         assert oracle.examine(daemon.tier1_path, JOB).listed == ()
 
 
+@pytest.mark.promise("rank")
 def test_a_rank_killed_between_two_partitions_leaves_nothing(
-    tmp_path: Path, daemon: DaemonProcess, trainers: Trainers
+    tmp_path: Path, daemon: DaemonProcess, trainers: Trainers, evidence: Evidence
 ) -> None:
     ranks.status(daemon)
     before = ranks.descriptors(daemon.pid)
@@ -76,13 +86,13 @@ def test_a_rank_killed_between_two_partitions_leaves_nothing(
     assert ranks.status(daemon).open_versions == 1
     rank.kill9()
     _wait_for_everything_back(daemon, before)
+    evidence(tried=1, broken=len(oracle.examine(daemon.tier1_path, JOB).listed))
     assert "ended before commit" in daemon.log
     assert oracle.examine(daemon.tier1_path, JOB).listed == ()
 
 
-def test_all_ranks_killed_right_after_commit(
-    tmp_path: Path, trainers: Trainers, figures: Callable[[str], None]
-) -> None:
+@pytest.mark.promise("rank")
+def test_all_ranks_killed_right_after_commit(tmp_path: Path, trainers: Trainers, evidence: Evidence) -> None:
     diary_path, hold = tmp_path / "diary", tmp_path / "hold"
     with DaemonProcess(
         tmp_path,
@@ -111,14 +121,22 @@ def test_all_ranks_killed_right_after_commit(
         tier = LocalTier(fs, daemon.tier1_path)
         by_id = {version.id: version for version in recovery.scan(tier).versions}
         bucket = BucketRepository(open_store(f"file://{daemon.bucket_path}", {}), recovery.identify(tier))
-        for version in (by_id[first], by_id[last]):
-            assert version.complete
-            assert not list(verifier.check_tier1(tier, fs, version, deep=True, progress=lambda _: None))
-            assert not list(verifier.check_tier2(bucket, version, deep=True, progress=lambda _: None))
-    figures("kills of both ranks right after commit: finished in tier 1 and persisted without them")
+        versions = [by_id[id_] for id_ in (first, last) if id_ in by_id]
+        findings = [
+            finding
+            for version in versions
+            for check in (partial(verifier.check_tier1, tier, fs), partial(verifier.check_tier2, bucket))
+            for finding in check(version, deep=True, progress=lambda _: None)
+        ]
+        evidence(tried=2, broken=2 - len(versions) + len(findings))
+        assert [version.id for version in versions if version.complete] == [first, last]
+        assert not findings
 
 
-def test_one_of_two_ranks_killed_before_commit(tmp_path: Path, daemon: DaemonProcess, trainers: Trainers) -> None:
+@pytest.mark.promise("rank")
+def test_one_of_two_ranks_killed_before_commit(
+    tmp_path: Path, daemon: DaemonProcess, trainers: Trainers, evidence: Evidence
+) -> None:
     ranks.status(daemon)
     before = ranks.descriptors(daemon.pid)
     diary_path = tmp_path / "diary-0"
@@ -133,6 +151,7 @@ def test_one_of_two_ranks_killed_before_commit(tmp_path: Path, daemon: DaemonPro
     (failed,) = oracle.Diary.read(diary_path).failed
     assert "rank" in failed
     _wait_for_everything_back(daemon, before)
+    evidence(tried=1, broken=len(oracle.examine(daemon.tier1_path, JOB).listed))
     assert "version_aborted" in daemon.log
     assert oracle.examine(daemon.tier1_path, JOB).listed == ()
     again = trainers.start(ranks.save_once, str(daemon.runtime_dir), str(tmp_path / "diary-2"), "again")

@@ -1,129 +1,142 @@
-"""Each durable system call of one save fails once, or is the daemon's last: no false promise, a clean recovery."""
+"""Each durable system call of each phase fails once, or is the daemon's last: no false promise, a clean recovery.
+
+A full run takes every call that the recordings show with every fault. A sized-down one takes, by the seed, one point of
+each call of each phase that is a kill, and one that is an error.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.crash import oracle, ranks
-from tests.crash.syscalls import Injection, need_strace
-from tests.crash.trainer import JOB, Trainers, train
-from tests.daemon_process import DaemonProcess
+from tests.crash import points
+from tests.crash.phases import PHASES, Phase, PlainSave
+from tests.crash.points import Outcome, Point, Recording
+from tests.crash.syscalls import DURABLE, FAULTS, need_strace
+from tests.crash.test_power_cut import SEED
+from tests.promises import Evidence, full_run, proof_size
 
-_MOST_POINTS = 60
-_LONGEST_SAVE_S = 60.0
-
-
-@dataclass(slots=True)
-class Point:
-    """One daemon, one save or two, and a fault in call *number* of it."""
-
-    trainers: Trainers
-    folder: Path
-    number: int
-
-    @property
-    def diary(self) -> oracle.Diary:
-        """What the trainers of this point wrote down."""
-        return oracle.Diary.read(self.folder / "diary")
-
-    def daemon(self, keep: int) -> DaemonProcess:
-        """A daemon on folders of its own that keeps *keep* versions."""
-        return DaemonProcess(self.folder, persistent_storage_path="", num_of_version_in_retention=keep)
-
-    def save(self, daemon: DaemonProcess, calls: str, what: str, saves: int = 1) -> list[str]:
-        """Save under the fault until the trainer and what it set off have ended, or the daemon; the injected errors."""
-        with Injection(daemon.pid, calls, what, self.number, self.folder / "strace.log") as injection:
-            arguments: tuple[object, ...] = (
-                str(daemon.runtime_dir),
-                str(self.folder / "diary"),
-                "save",
-                "tier1",
-                0.0,
-                saves,
-                {},
-            )
-            trainer = self.trainers.start(train, *arguments)
-
-            def ended() -> bool:
-                deleted = len(re.findall(r"copy_evicted \S+ tier=tier1", daemon.log))
-                return not daemon.running or (not trainer.running and deleted == saves - 1)
-
-            ranks.wait_until(
-                ended, "the end of the save or of the daemon", _LONGEST_SAVE_S, describe=lambda: daemon.log
-            )
-            trainer.kill9()
-            return injection.hits
-
-    def check_saving_works(self, daemon: DaemonProcess) -> None:
-        """Save once more without a fault."""
-        before = len(self.diary.promised)
-        trainer = self.trainers.start(ranks.save_once, str(daemon.runtime_dir), str(self.folder / "diary"), "after")
-        assert trainer.end() == 0, f"{trainer.log}\n{daemon.log}"
-        assert len(self.diary.promised) == before + 1
+KILL, ERRORS = FAULTS[:1], FAULTS[1:]
+_BY_NAME = {phase.name: phase for phase in PHASES}
+Recorder = Callable[[Phase], Recording]
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("calls", "saves"),
-    [("^fsync$", 1), ("^rename", 1), ("^mkdir", 1), ("^pwrite64$", 1), ("^(unlink|unlinkat|rmdir)$", 2)],
-    ids=["fsync", "rename", "mkdir", "pwrite64", "unlink"],
-)
-def test_killed_in_the_nth_call(
-    tmp_path: Path, trainers: Trainers, figures: Callable[[str], None], calls: str, saves: int
-) -> None:
-    """Only the newest version is kept, so that of two saves the first is deleted."""
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
+    """Makes the recording of a phase, once."""
     need_strace()
-    number, untouched, kept = 0, False, 0
-    while not untouched:
-        number += 1
-        assert number < _MOST_POINTS, f"a save makes no end of calls of {calls}"
-        point = Point(trainers, tmp_path / str(number), number)
-        with point.daemon(keep=1) as daemon:
-            point.save(daemon, calls, "signal=KILL", saves)
-            untouched = daemon.running
-            daemon.kill9()
-            found = oracle.examine(daemon.tier1_path, JOB, point.diary.tried)
-            assert not found.torn, f"killed in call {number}: {found.torn}"
-            assert not oracle.lost(point.diary.promised, found, keep=1), f"killed in call {number}: {found}"
-            daemon.start()
-            recovered = oracle.examine(daemon.tier1_path, JOB, point.diary.tried)
-            assert recovered == oracle.Found(found.listed, {}, ()), f"killed in call {number}: {found}"
-            point.check_saving_works(daemon)
-        kept += bool(found.listed) and not untouched
-    assert number > 1, f"a save makes no call of {calls}"
-    figures(f"killed in the n-th {_plain(calls)}: {number - 1} points, 0 lost, 0 torn, {kept} had a version already")
+    folder = tmp_path_factory.mktemp("recorded")
+    made: dict[str, Recording] = {}
+
+    def get(phase: Phase) -> Recording:
+        if phase.name not in made:
+            made[phase.name] = points.record(phase, folder)
+        return made[phase.name]
+
+    return get
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("calls", "error"), [("^fsync$", "EIO"), ("^pwrite64$", "ENOSPC"), ("^rename", "EIO"), ("^fallocate$", "ENOSPC")]
-)
-def test_an_error_of_the_nth_call(
-    tmp_path: Path, trainers: Trainers, figures: Callable[[str], None], calls: str, error: str
+@pytest.mark.timeout(300)
+def test_every_durable_call_is_in_the_matrix(recorded: Recorder, figures: Callable[[str], None]) -> None:
+    """A call that changes a disk and that nobody knows here would never be made to fail."""
+    seen: dict[str, set[str]] = {}
+    for phase in PHASES:
+        calls = recorded(phase).calls
+        seen[phase.name] = {call.name for call in calls}
+        assert len({call.thread for call in calls}) == 1, (
+            f"{phase.name} uses several threads: counting them is not exact"
+        )
+    made = set().union(*seen.values())
+    assert not made - set(DURABLE), f"nobody makes these fail: {made - set(DURABLE)}"
+    # Not every file system has the flag that protects files.
+    assert not set(DURABLE) - made - {"ioctl"}, f"no phase makes these any more: {set(DURABLE) - made}"
+    figures(f"durable calls: {', '.join(f'{name} {len(recorded(_BY_NAME[name]).calls)}' for name in seen)}")
+
+
+@pytest.mark.promise("syscall_kill")
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", _BY_NAME)
+def test_killed_in_each_call(
+    tmp_path: Path, recorded: Recorder, evidence: Evidence, figures: Callable[[str], None], name: str
 ) -> None:
+    _judge(recorded(_BY_NAME[name]), KILL, tmp_path, evidence, figures)
+
+
+@pytest.mark.promise("syscall_error")
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", _BY_NAME)
+def test_an_error_of_each_call(
+    tmp_path: Path, recorded: Recorder, evidence: Evidence, figures: Callable[[str], None], name: str
+) -> None:
+    _judge(recorded(_BY_NAME[name]), ERRORS, tmp_path, evidence, figures)
+
+
+def _judge(
+    recording: Recording, faults: Sequence[str], folder: Path, evidence: Evidence, figures: Callable[[str], None]
+) -> None:
+    start_s, chosen = time.monotonic(), _chosen(recording.points(faults))
+    found = points.run(recording, chosen, folder)
+    broken, missed = [item for item in found if item.problems], [item for item in found if item.missed]
+    name = recording.phase.name
+    evidence(tried=len(found) - len(missed), broken=len(broken), detail=f"{name} {len(recording.calls)} calls")
+    figures(
+        f"{name}, {' and '.join(faults)}: {len(found)} of {len(recording.calls) * len(faults)} points, {len(broken)} "
+        f"broken, {len(missed)} missed, {sum(bool(item.told) for item in found)} told as an error "
+        f"({time.monotonic() - start_s:.0f} s, seed {SEED})"
+    )
+    assert not broken, _text(broken)
+    assert not missed, [f"{item.point}: {item.missed}" for item in missed]
+
+
+def _chosen(every: Sequence[Point]) -> Sequence[Point]:
+    if full_run():
+        return every
+    sample = random.Random(SEED)  # noqa: S311 - a sample of points, not a secret
+    by_call: dict[str, list[Point]] = defaultdict(list)
+    for point in every:
+        by_call[point.call].append(point)
+    return [sample.choice(alike) for alike in by_call.values()]
+
+
+@pytest.mark.planted("swallowed_sync_error")
+@pytest.mark.timeout(600)
+def test_a_failed_sync_that_is_taken_for_success_is_caught(
+    tmp_path: Path, evidence: Evidence, figures: Callable[[str], None]
+) -> None:
+    recording, tried = _planted(tmp_path, "swallowed_sync_error", "fsync", "EIO", proof_size(3, 10**6))
+    caught = [item for item in tried if any("promised whose fsync had failed" in problem for problem in item.problems)]
+    evidence(tried=len(tried), broken=len(tried) - len(caught))
+    figures(f"with swallowed_sync_error planted: {len(caught)} of {len(tried)} failed syncs of a save caught")
+    assert recording.calls
+    assert len(caught) == len(tried) > 0, _text([item for item in tried if item not in caught])
+
+
+@pytest.mark.planted("manifest_first")
+@pytest.mark.timeout(600)
+def test_a_manifest_before_its_data_is_caught(
+    tmp_path: Path, evidence: Evidence, figures: Callable[[str], None]
+) -> None:
+    recording, tried = _planted(tmp_path, "manifest_first", "rename", "KILL", 10**6)
+    caught = [item for item in tried if any(problem.startswith("torn: ") for problem in item.problems)]
+    evidence(tried=len(tried), broken=not caught)
+    figures(f"with manifest_first planted: {len(caught)} of {len(tried)} kills in a rename of a save left it torn")
+    assert recording.calls
+    assert caught
+
+
+def _planted(folder: Path, fault: str, call: str, what: str, count: int) -> tuple[Recording, list[Outcome]]:
+    """Points of a save with a planted bug: *what* in those of *call* that concern the version's files."""
     need_strace()
-    number, hits = 0, [""]
-    while hits:
-        number += 1
-        assert number < _MOST_POINTS, f"a save makes no end of calls of {calls}"
-        point = Point(trainers, tmp_path / str(number), number)
-        with point.daemon(keep=2) as daemon:
-            hits = point.save(daemon, calls, f"error={error}")
-            assert daemon.running, f"{hits} ended the daemon:\n{daemon.log}"
-            assert bool(point.diary.promised) is not bool(hits), f"promised: {point.diary.promised}, failed: {hits}"
-            point.check_saving_works(daemon)
-            daemon.restart()
-            found = oracle.examine(daemon.tier1_path, JOB, point.diary.tried)
-            assert not found.torn, f"{hits}: {found.torn}"
-            assert not oracle.lost(point.diary.promised, found, keep=2)
-    assert number > 1, f"a save makes no call of {calls}"
-    figures(f"{error} of the n-th {_plain(calls)}: {number - 1} points, 0 false promises, 0 torn")
+    recording = points.record(PlainSave(), folder, fault)
+    every = [point for point in recording.points([what]) if point.call == call and "-disturbed" in point.what]
+    chosen = random.Random(SEED).sample(every, min(count, len(every)))  # noqa: S311 - a sample of points
+    return recording, points.run(recording, chosen, folder, fault)
 
 
-def _plain(calls: str) -> str:
-    return calls.strip("^()$").replace("|", ", ")
+def _text(broken: Sequence[Outcome]) -> str:
+    return "\n".join(f"{item.point}:\n  " + "\n  ".join(item.problems) for item in broken)

@@ -66,6 +66,7 @@ def load_newest(client: Client, diary: DiaryWriter) -> None:
     """Load the newest version as a training would, and note whether its tensors are those that were saved."""
     restored = client.restore()
     if restored is None:
+        diary.note("afresh", "")
         return
     version = restored.candidate.version
     with restored:
@@ -104,6 +105,13 @@ def train(
                 diary.note("failed", f"{name}-s{step}: {type(error).__name__}: {error}")
             time.sleep(pause_s)
         client.wait(f"{name}-s{steps - 1}", durability="tier1", timeout=60)
+
+
+def train_after(go_on_path: str, *arguments: Any) -> None:
+    """:func:`train`, once there is a file *go_on_path*."""
+    while not Path(go_on_path).exists():
+        time.sleep(0.005)
+    train(*arguments)
 
 
 class Trainer:

@@ -95,9 +95,14 @@ class Saver:
         session, settings = self._session, self._session.settings
         launch = session.launch
         if launch is None:
-            launch = session.launch = claim(
-                session.saving, session.ranks, session.max_epoch, session.resumed_from, settings.collective_timeout_s
-            )
+            try:
+                launch = claim(
+                    session.saving, session.ranks, session.max_epoch, session.resumed_from,
+                    settings.collective_timeout_s, known=session.set_launch,
+                )  # fmt: skip
+            except BaseException:
+                session.set_launch(None)  # the next save claims anew
+                raise
         said, last_persist_age_s = self._reserve(tag)
         if session.ranks.rank == 0:
             said["sequence"] = launch.next_sequence()

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from cairn.transport.connection import Connection, ConnectionLostError
+from cairn.transport.connection import Connection, ConnectionLostError, understood
 from cairn.transport.link import Source
 from cairn.transport.messages import error_from_wire
 from cairn_api.errors import CairnError, ConfigurationError, InternalError, OverloadedError, UnavailableError
@@ -58,7 +58,8 @@ class Caller:
             if name in connection.welcome.calls and request.ByteSize() <= BRIEF_BYTES:
                 packed = connection.call(name, request.SerializeToString())
                 if packed is not None:
-                    return reply.FromString(packed)
+                    with understood():
+                        return reply.FromString(packed)
             answer = self.stub(connection, service, name)(request, timeout=timeout_s)
             if not isinstance(answer, reply):
                 raise InternalError(f"{name} answered {type(answer).__name__}")

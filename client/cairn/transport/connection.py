@@ -12,13 +12,14 @@ import select
 import socket
 import threading
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from cairn_api.errors import ERRORS, CairnError, ConfigurationError, InternalError, UnavailableError
 from cairn_api.wire import (
@@ -39,7 +40,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Not grpc.min_reconnect_backoff_ms: it is also how long a connection may take, and a busy daemon takes its time.
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),  # a closed channel's backoff must not delay its successor
     ("grpc.enable_http_proxy", 0),
@@ -61,6 +62,18 @@ class Welcome:
 
 class ConnectionLostError(UnavailableError):
     """The daemon is gone (or was never there). The link catches this; callers see it as UnavailableError."""
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """What cannot be read in a daemon's answer, inside, becomes :class:`InternalError` with the next step."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, DecodeError) as error:
+        raise InternalError(
+            f"the daemon's answer cannot be understood: {type(error).__name__}: {error}",
+            hint="install the same version of cairn-checkpoint for the trainer and for the daemon",
+        ) from error
 
 
 def no_daemon(reason: object, runtime_dir: str) -> ConnectionLostError:
@@ -110,14 +123,15 @@ class Connection:
                     "rank": rank,
                 },
             )
-            welcome = Welcome(
-                token=str(reply["token"]),
-                token_lifetime_s=float(reply["token_lifetime_s"]),
-                daemon_version=str(reply["daemon_version"]),
-                node=str(reply["node"]),
-                boot=str(reply["boot"]),
-                calls=frozenset(reply.get("calls", ())),
-            )
+            with understood():
+                welcome = Welcome(
+                    token=str(reply["token"]),
+                    token_lifetime_s=float(reply["token_lifetime_s"]),
+                    daemon_version=str(reply["daemon_version"]),
+                    node=str(reply["node"]),
+                    boot=str(reply["boot"]),
+                    calls=frozenset(reply.get("calls", ())),
+                )
         except PermissionError as error:
             side.close()
             raise ConfigurationError(
@@ -158,7 +172,8 @@ class Connection:
         *packed* has at most :data:`cairn_api.wire.BRIEF_BYTES`. Raises as :meth:`request` does.
         """
         reply, _ = self.request({"op": "call", "name": name, "request": b64encode(packed).decode()})
-        return None if reply["reply"] is None else b64decode(reply["reply"])
+        with understood():
+            return None if reply["reply"] is None else b64decode(reply["reply"])
 
     def lost(self) -> bool:
         """Whether the daemon closed its end (it stopped, or died) or this end is closed."""
@@ -182,7 +197,10 @@ class Connection:
         """Leave. The daemon sees the end of this client's presence, and so does a thread that waits for a reply."""
         with suppress(OSError):  # the daemon was faster
             self._side.shutdown(socket.SHUT_RDWR)
-        self._side.close()
+        # A thread that is about to wait for a reply knows the socket by its number. Were it closed now, the next
+        # connection could be given that number, and the thread would wait there for an answer that nobody owes it.
+        with self._side_lock:
+            self._side.close()
         self.channel.close()
 
     def forget_in_child(self) -> None:
@@ -205,7 +223,9 @@ def _exchange(
         _close(received)
     if "error" in reply:
         _close(received)
-        raise error_from(reply["error"])
+        with understood():
+            error = error_from(reply["error"])
+        raise error
     return reply, received
 
 
@@ -216,7 +236,11 @@ def _receive(side: socket.socket, message: Mapping[str, object]) -> tuple[dict[s
             raise ConnectionResetError("the daemon closed the connection")
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise InternalError("the daemon's answer was cut short", context={"op": message["op"]})
-        return json.loads(data), list(received)
+        with understood():
+            reply = json.loads(data)
+            if not isinstance(reply, dict):
+                raise TypeError(f"{type(reply).__name__} instead of an object")
+        return reply, list(received)
     except BaseException:
         _close(received)
         raise

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from cairn.transport.connection import error_from
+from cairn.transport.connection import error_from, understood
 from cairn_api.errors import CairnError
 from cairn_api.names import VersionId
 from cairn_api.v1 import save_pb2, types_pb2
@@ -141,12 +141,14 @@ class Fetched:
 
 def state_name(value: int) -> str:
     """``sealed`` for VERSION_STATE_SEALED, and so on."""
-    return types_pb2.VersionState.Name(value).removeprefix("VERSION_STATE_").lower()
+    with understood():  # a newer daemon may know more of them
+        return types_pb2.VersionState.Name(value).removeprefix("VERSION_STATE_").lower()
 
 
 def tier_name(value: int) -> str:
     """``tier1`` for TIER_TIER1, and so on."""
-    return types_pb2.Tier.Name(value).removeprefix("TIER_").lower()
+    with understood():
+        return types_pb2.Tier.Name(value).removeprefix("TIER_").lower()
 
 
 def version_to_wire(version: VersionId) -> types_pb2.VersionId:

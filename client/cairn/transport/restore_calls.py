@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import queue
 import threading
 import weakref
@@ -15,7 +16,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from cairn.transport.calls import CALL_TIMEOUT_S, LEAVE_TIMEOUT_S, RESOLVE_TIMEOUT_S, Caller, listen, translate
-from cairn.transport.connection import Connection
+from cairn.transport.connection import Connection, understood
 from cairn.transport.messages import (
     Fetched,
     Near,
@@ -106,7 +107,9 @@ class RestoreCalls:
         if "Fetch" in connection.welcome.calls and request.ByteSize() <= BRIEF_BYTES:
             packed = connection.call("Fetch", request.SerializeToString())
             if packed is not None:
-                yield restore_pb2.FetchProgress.FromString(packed)
+                with understood():
+                    only = restore_pb2.FetchProgress.FromString(packed)
+                yield only
                 return
         yield from listen(self._caller.stub(connection, _SERVICE, "Fetch")(request))
 
@@ -120,13 +123,18 @@ class RestoreCalls:
         if not fds:
             raise InternalError("the daemon sent no descriptor", hint="see the daemon's log", context={"path": path})
         hint, held = reply.get("path_hint"), reply.get("hold")
-        return Opened(
-            fds[0],
-            int(reply["size"]),
-            str(reply["tier"]),
-            None if hint is None else str(hint),
-            None if held is None else str(held),
-        )
+        try:
+            with understood():
+                return Opened(
+                    fds[0],
+                    int(reply["size"]),
+                    str(reply["tier"]),
+                    None if hint is None else str(hint),
+                    None if held is None else str(held),
+                )
+        except InternalError:
+            os.close(fds[0])
+            raise
 
     def end_hold_with(self, memory: mmap.mmap, hold: str) -> None:
         """End *hold* soon after *memory* is gone, which may be at any moment and in any thread."""

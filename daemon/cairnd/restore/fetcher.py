@@ -90,6 +90,7 @@ class Fetcher:
         location: Callable[[str], str],
         make_room: Callable[[int, str], object],
         concurrency: int,
+        locks: KeyLocks,
     ) -> None:
         self._node = node
         self._catalog = catalog
@@ -105,7 +106,7 @@ class Fetcher:
         self._location = location
         self._make_room = make_room
         self._slots = asyncio.Semaphore(concurrency)
-        self._locks = KeyLocks()
+        self._locks = locks
         self._partials = Partials(catalog, leases, tier1, verified, self._locks, workers, events)
 
     async def fetch(

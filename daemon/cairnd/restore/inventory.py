@@ -204,9 +204,10 @@ class Inventory:
             self._catalog.add(merged(manifests))
         elif version.nonce == manifests[0].nonce:
             # Only a look at its bytes or a new upload acquits a damaged copy, and one that is under way has not done so
-            # yet. An upload of this daemon that failed says nothing about the copy that was decided meanwhile, or before.
+            # yet. An upload that failed here says nothing about the copy that was decided meanwhile, or before.
             copy = version.copy(Tier.TIER2)
-            if not copy.damaged and copy.state is not CopyState.COPYING:
+            # What was deleted or refused while this was being read stays so: no decision is ever taken back.
+            if not copy.damaged and copy.state not in (CopyState.COPYING, CopyState.EVICTED):
                 self._catalog.set_copy(version, Tier.TIER2, CopyState.VERIFIED)
             if version.state is VersionState.PREPARED:
                 self._catalog.move(version, VersionState.COMMITTED)

@@ -24,6 +24,7 @@ from cairnd.metrics import Metrics
 from cairnd.model import CopyState, Tier, Version, VersionState
 from cairnd.replication.replicator import Replicator
 from cairnd.replication.storage import Storage
+from cairnd.restore.partials import KeyLocks
 from cairnd.settings import TIER1_RESERVED_BYTES, Settings
 from cairnd.tiers.filesystem import FileSystem
 from cairnd.tiers.local import LocalTier
@@ -66,7 +67,10 @@ class Keeper:
         clock: Clock,
         events: EventLog,
         metrics: Metrics,
+        *,
+        locks: KeyLocks,
     ) -> None:
+        """*locks*: by a version's folder in tier 1; a restore that has its lease waits there for what deletes it."""
         self._settings = settings
         self._catalog = catalog
         self._jobs = jobs
@@ -78,6 +82,7 @@ class Keeper:
         self._replicator = replicator
         self._workers = workers
         self._disk = disk
+        self._locks = locks
         self._clock = clock
         self._events = events
         self._metrics = metrics
@@ -178,7 +183,10 @@ class Keeper:
             return False
         try:
             if deletion.tier is Tier.TIER1:
-                await self._delete_tier1(version, deletion.reason)
+                async with self._locks.hold(layout.version_folder(version.job, version.id)):
+                    if self._leases.protects(version.job, version.id):
+                        return False
+                    await self._delete_tier1(version, deletion.reason)
             else:
                 await self._delete_tier2(version, deletion.reason)
         except CairnError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cairn_api.errors import UnavailableError, VersionError
+from cairn_api.errors import ConfigurationError, UnavailableError, VersionError
 from cairn_api.names import VersionId
 from cairnd.digests import Digest
 from cairnd.layout import Bucket as Keys
@@ -95,6 +95,18 @@ def test_committed_then_deleted_and_never_back(bucket: BucketRepository, store: 
     assert late is not None
     assert (late.verdict, late.swept) == (Verdict.DELETED, True)
     assert bucket.decisions(JOB)[VERSION].swept
+
+
+def test_what_another_daemon_has_pinned_is_not_tombstoned(bucket: BucketRepository, store: FileStore) -> None:
+    publish(bucket)
+    bucket.commit(JOB, VERSION, 2)
+    BucketRepository(store, NODES[1]).pin(JOB, VERSION, "the paper's figures")
+    with pytest.raises(ConfigurationError, match="pinned"):
+        bucket.mark_deleted(JOB, VERSION, 1.0)
+    assert bucket.decisions(JOB)[VERSION].verdict is Verdict.COMMITTED
+    bucket.unpin(JOB, VERSION)
+    bucket.mark_deleted(JOB, VERSION, 1.0)
+    assert bucket.decisions(JOB)[VERSION].verdict is Verdict.DELETED
 
 
 def test_aborted_and_never_back(bucket: BucketRepository) -> None:

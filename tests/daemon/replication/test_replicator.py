@@ -269,6 +269,23 @@ async def test_a_killed_daemon_goes_on_where_it_stopped(make_lab: MakeLab) -> No
     assert lab.events("copy_copying") == []  # it looked, and uploaded nothing again
 
 
+async def test_an_upload_that_failed_says_nothing_about_what_is_in_the_bucket(make_lab: MakeLab) -> None:
+    """After a start the replicator may meet a bucket that fails for a moment, and tier 1 may be damaged by then."""
+    lab = await make_lab(run=False)
+    task = await writing(lab)
+    (rank,) = await Rank.launch(lab)
+    version = await rank.save(persist=True)
+    await lab.reaches(version, Tier.TIER1)
+    task.cancel()
+    await lab.app.replicator._persist(lab.version(version), lab.settings.persistent_storage_path)
+    lab.app.catalog.set_copy(lab.version(version), Tier.TIER2, CopyState.FAILED, "no space left on device")
+    await lab.app.inventory.refresh(JOB)
+    assert lab.version(version).has(Tier.TIER2)
+    lab.app.catalog.set_damaged(lab.version(version), Tier.TIER2, "model.pt: block 0 does not match")
+    await lab.app.inventory.refresh(JOB)
+    assert not lab.version(version).has(Tier.TIER2)
+
+
 async def test_rotten_bytes_in_the_bucket_are_replaced(lab: Lab) -> None:
     (rank,) = await Rank.launch(lab)
     version = await rank.save(persist=True)

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,8 @@ from cairnd.digests import Digest
 from cairnd.model import CopyState, Tier
 from cairnd.restore.fetcher import Progress
 from cairnd.tiers.object_store import ObjectStore
+from cairnd.upkeep.keeper import Deletion
+from cairnd.upkeep.links import remove_links
 from tests.daemon.conftest import MakeLab
 from tests.daemon.lab import JOB, Lab, Rank, eventually, gone
 from tests.daemon.replication.stores import LosesReplies
@@ -411,3 +414,32 @@ async def test_a_file_is_hashed_once_per_start_or_at_every_load(make_lab: MakeLa
     flip(lab.file(version, "model.pt"))  # its identity (mtime) changed
     with pytest.raises(CairnError):
         await Reader(lab).fetch(version)
+
+
+async def test_a_restore_waits_for_a_deletion_of_its_version_that_has_begun(
+    make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = await make_lab(num_of_version_in_retention=1)
+    version = await stored(lab)
+    await lose_memory(lab)
+    at_the_files, go_on = asyncio.Event(), asyncio.Event()
+    run = lab.app.keeper._disk.run
+
+    async def held_up(function: Callable[..., Any], *arguments: Any) -> Any:
+        if function is remove_links:
+            at_the_files.set()
+            await go_on.wait()
+        return await run(function, *arguments)
+
+    monkeypatch.setattr(lab.app.keeper._disk, "run", held_up)
+    deleting = asyncio.ensure_future(lab.app.keeper.delete([Deletion(lab.version(version), Tier.TIER1, "asked for")]))
+    await at_the_files.wait()
+    reader = Reader(lab)
+    fetching = asyncio.ensure_future(reader.fetch(version))
+    await lab.settle()
+    assert not fetching.done()  # it would be given files that are about to go
+    go_on.set()
+    assert await deleting
+    progress = await fetching
+    assert reader.read(progress) == PARTS
+    reader.lab.app.fetcher.end(reader.lease(progress))

@@ -230,6 +230,27 @@ async def test_a_sweep_that_fails_is_tried_again(make_lab: MakeLab) -> None:
     assert lab.events("delete_failed")
 
 
+async def test_a_deletion_that_fails_half_way_is_tried_again(make_lab: MakeLab) -> None:
+    """Its manifest is gone by then, so that no plan names it any more."""
+    lab = await make_lab(num_of_version_in_retention=1, bucket=False)
+    real, failed = lab.app.tier1.delete_tree, list[str]()
+
+    def fails_once(key: str) -> None:
+        if key.endswith(str(first)) and not failed:
+            failed.append(key)
+            raise UnavailableError("the disk reports an error")
+        real(key)
+
+    first = VersionId(1, 1, "step1")
+    lab.app.tier1.delete_tree = fails_once  # type: ignore[method-assign]
+    versions = await saved(lab, 2)
+    assert versions[0] == first
+    await eventually(lambda: lab.events("delete_failed"))
+    assert lab.file(first, "model.pt").exists()
+    await lab.passes(lambda: gone(lab, first))
+    assert lab.app.catalog.get(JOB, first) is None
+
+
 async def test_a_tombstone_that_cannot_be_put_leaves_the_version_as_it_was(make_lab: MakeLab) -> None:
     lab = await make_lab(num_of_version_in_retention=1)
     first, second = await saved(lab, 2, persist=True)
@@ -314,6 +335,7 @@ async def test_nothing_depends_on_the_wall_clock(make_lab: MakeLab) -> None:
         lab.clock.jump(jump_s)
         versions.append(await rank.save(persist=True))
         await lab.reaches(versions[-1], Tier.TIER2)
+        assert (await lab.app.reporter.status()).last_persisted == f"{JOB}/{versions[-1]}"
     await lab.app.keeper.apply(JOB)
     assert held(lab, Tier.TIER1) == held(lab, Tier.TIER2) == [4, 3]
     assert layout.version_folder(JOB, versions[3])

@@ -15,9 +15,9 @@ from cairn_api.errors import ConfigurationError, VersionError
 from cairnd import layout
 from cairnd.manifest import NOTE_FORMAT, NodeManifest, encode
 from cairnd.model import CopyState, Tier, VersionState
-from cairnd.tiers.filesystem import OsFileSystem
+from cairnd.tiers.filesystem import AnyPath, OsFileSystem
 from cairnd.tiers.local import LocalTier
-from cairnd.upkeep.recovery import identify, lock, recover, scan
+from cairnd.upkeep.recovery import identify, lock, open_tree, recover, scan
 from tests.daemon.conftest import MakeLab
 from tests.daemon.lab import JOB, Lab, Rank, gone
 
@@ -213,3 +213,16 @@ async def test_one_nodes_part_is_prepared_not_committed(kept: Lab) -> None:
     assert NodeManifest.decode(path.read_bytes()).world_size == 2
     await kept.restart()
     assert kept.version(version).state is VersionState.PREPARED
+
+
+def test_the_trees_own_name_is_durable_whoever_made_it(tmp_path: Path) -> None:
+    synced: list[str] = []
+
+    class Watched(OsFileSystem):
+        def fsync_folder(self, path: AnyPath) -> None:
+            synced.append(os.path.realpath(path))
+            super().fsync_folder(path)
+
+    for _ in range(2):  # the first one may have ended between the two calls
+        assert open_tree(Watched(), str(tmp_path / "tier1")) == tmp_path / "tier1"
+    assert synced == [str(tmp_path)] * 2
