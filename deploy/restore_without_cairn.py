@@ -67,6 +67,7 @@ for partition in (item for manifest in manifests for item in manifest["partition
     with fs.open(f"{root}/{partition['path']}", "rb") as reader, open(f"{path}.partial", "wb") as writer:
         while block := reader.read(1 << 24):
             crc, size = crc64nvme(block, crc), size + writer.write(block)
-    check((f"{crc:016x}", size) == (partition["crc64nvme"], partition["size_bytes"]), f"{root}/{partition['path']} is damaged")
+    same = (f"{crc:016x}", size) == (partition["crc64nvme"], partition["size_bytes"])
+    check(same, f"{root}/{partition['path']} is damaged")
     os.replace(f"{path}.partial", path)
     print(f"{size:>15,}  {partition['path']}")

@@ -2,7 +2,7 @@
 
 A test that proves a promise carries ``@pytest.mark.promise(<id>)`` and reports with the fixture ``evidence``; one that
 plants a bug and catches it carries ``@pytest.mark.planted(<id>)``. ``tests/conftest.py`` collects what they report in
-:data:`RESULTS`; it is printed after the run, and written into the README by ``python -m tests.promises`` (`make prove`).
+:data:`RESULTS` and prints the table; ``python -m tests.promises`` writes it into the README (`make prove`).
 A promise without a proof in the run is shown as such, with the reason for which its tests were skipped.
 """
 

@@ -14,6 +14,7 @@ from cairn_api.errors import CairnError
 from cairnd.allocator import keep_freed_memory
 from cairnd.app import App
 from cairnd.events import EventFormatter
+from cairnd.limits import check_limits
 from cairnd.settings import Settings, load_settings
 
 EXIT_OK = 0
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _configure_logging(settings)
     keep_freed_memory()
     try:
+        check_limits()
         status = asyncio.run(_serve(settings))
     except CairnError as error:
         print(f"cairnd: {error}", file=sys.stderr)

@@ -34,6 +34,7 @@ from cairnd.replication.storage import Storage
 from cairnd.restore.fetcher import Fetcher
 from cairnd.restore.inventory import Inventory
 from cairnd.restore.memory_copies import MemoryCopies
+from cairnd.restore.partials import KeyLocks
 from cairnd.session.clients import Client, Clients
 from cairnd.session.launches import Launches
 from cairnd.session.memory import CaptureMemory
@@ -132,9 +133,10 @@ class Core:
             on_failed=self._on_persist_failed,
             on_persisted=self._on_persisted,
         )  # fmt: skip
+        locks = KeyLocks()
         self.keeper = Keeper(
             settings, self.catalog, self.jobs, self.leases, self._fs, self.tier1, self.verified, self.storage,
-            self.replicator, self._workers, self._disk, clock, events, metrics,
+            self.replicator, self._workers, self._disk, clock, events, metrics, locks=locks,
         )  # fmt: skip
         self.inventory = Inventory(
             self.catalog, self.storage, self._workers, events,
@@ -159,7 +161,7 @@ class Core:
         self.fetcher = Fetcher(
             self.node, self.catalog, self.leases, self.memory, self.memory_copies, self.tier1, self.verified,
             self.storage, self._workers, events, metrics, location=self.replicator.location,
-            make_room=self.keeper.make_room, concurrency=settings.upload_concurrency,
+            make_room=self.keeper.make_room, concurrency=settings.upload_concurrency, locks=locks,
         )  # fmt: skip
         self.repairer = Repairer(self.catalog, self.keeper, self.fetcher, clock, events)
         self.scrubber = Scrubber(

@@ -133,7 +133,7 @@ class Settings:
             return _invalid(name, value, f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}")
         if name in _CHOICES and value not in _CHOICES[name]:
             return _invalid(name, value, " or ".join(_CHOICES[name]))
-        if name in ("runtime_dir", "tier1_path") and not Path(value).is_absolute():
+        if name in ("runtime_dir", "tier1_path") and (not Path(value).is_absolute() or "\0" in value):
             return _invalid(name, value, "an absolute path")
         if name == "persistent_storage_path" and value and "://" not in value:
             return _invalid(name, value, "a URL such as s3://bucket/prefix")

@@ -17,6 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.fault)
+    items.sort(key=lambda item: item.path.name == "test_soak.py")  # half an hour, in full: what is short fails first
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

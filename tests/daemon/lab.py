@@ -159,6 +159,12 @@ class Lab:
             await self.settle()
         return passed_s
 
+    async def idle(self, duration_s: float) -> None:
+        """Let time pass second by second. All at once, the daemon would take it for a pause of its own."""
+        for _ in range(int(duration_s)):
+            self.clock.advance(1.0)
+            await asyncio.sleep(0.001)
+
     async def settle(self) -> None:
         """Let everybody act on what happened: tasks that are ready, and threads that work for them."""
         deadline_s = time.monotonic() + _SETTLING_S

@@ -56,6 +56,9 @@ class Decision:
         return bool(self.document.get("swept", False))
 
 
+_SWEPT = {verdict: Decision(verdict, {"swept": True}) for verdict in Verdict}
+
+
 @dataclass(frozen=True, slots=True)
 class EpochClaim:
     """A launch's claim of an epoch. ``problem``: why it cannot be believed; its name still tells the epoch."""
@@ -98,6 +101,8 @@ class BucketRepository:
                 if listed != info or decision is None:
                     decision = self._believed(job, version)
                 if decision is not None:
+                    if decision.swept:  # these are for ever, and nothing but this is asked of them
+                        decision = _SWEPT[decision.verdict]
                     found[version] = decision
                     self._read_before[info.key] = (info, decision)
         return found

@@ -90,8 +90,15 @@ class Replicator:
         self._slots = asyncio.Semaphore(concurrency)
         self._awake = asyncio.Event()
         self._pace: dict[tuple[str, VersionId], _Pace] = {}
+        self._waiting_since_s: dict[tuple[str, VersionId], float] = {}
         self._cancel = threading.Event()
         self.running: Version | None = None
+
+    def waiting_s(self, version: Version) -> float:
+        """How long *version* of the backlog has waited: by a clock that nobody sets, and by the other before that."""
+        now_s = self._clock.monotonic_s()
+        before_s = max(0.0, self._clock.now_s() - version.created_s) if version.created_s else 0.0
+        return now_s - self._waiting_since_s.setdefault((version.job, version.id), now_s - before_s)
 
     def wake(self, version: Version | None = None) -> None:
         """Look for work again; *version*, if given, is what changed."""
@@ -311,8 +318,8 @@ class Replicator:
 
     def _show(self) -> None:
         backlog = self.backlog()
+        waiting = {(version.job, version.id) for version in backlog}
+        self._waiting_since_s = {key: since_s for key, since_s in self._waiting_since_s.items() if key in waiting}
         self._metrics.backlog_versions.set(len(backlog))
         self._metrics.backlog_bytes.set(sum(version.size_bytes for version in backlog))
-        self._metrics.oldest_unpersisted_age_s.set(
-            max((self._clock.now_s() - version.created_s for version in backlog), default=0.0)
-        )
+        self._metrics.oldest_unpersisted_age_s.set(max((self.waiting_s(version) for version in backlog), default=0.0))

@@ -135,6 +135,6 @@ class Storage:
 
 def _probe(store: ObjectStore, key: str) -> Capabilities:
     # Read first: some servers make a bucket that is missing, or misspelt, when something is written to it.
-    next(iter(store.list(key)), None)
+    next(iter(store.list(f"{key}/")), None)
     store.delete(key)  # what a probe that was killed left
     return store.probe(key)

@@ -74,7 +74,7 @@ class Reporter:
         backlog = self._replicator.backlog()
         health = self._storage.health.get(self._storage.default_url)
         used, free = await self.refresh()
-        ages_s = [self._clock.now_s() - version.created_s for version in backlog]
+        ages_s = [self._replicator.waiting_s(version) for version in backlog]
         saves = self._metrics.saves
         return pb.StatusReply(
             daemon_version=__version__,

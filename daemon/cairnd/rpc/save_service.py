@@ -19,7 +19,7 @@ from cairnd.replication.replicator import Replicator
 from cairnd.rpc import convert
 from cairnd.rpc.server import caller, translated
 from cairnd.rpc.spool import StreamSlots, parsed, pieces, spool
-from cairnd.rpc.status import abort, to_proto, unforeseen
+from cairnd.rpc.status import abort, to_proto, unforeseen, without_traces
 from cairnd.sealing import SealingPass
 from cairnd.session.clients import Client, Clients
 from cairnd.session.launches import Launches
@@ -193,9 +193,11 @@ class SaveService(save_pb2_grpc.SaveServicer):
             async with self._streams.taken(client.number):
                 return await self._put(aiter(requests), client)
         except CairnError as error:
-            await abort(context, error)
+            failure = error
         except Exception as error:  # noqa: BLE001 - as in cairnd.rpc.server
-            await abort(context, unforeseen(error, "Put"))
+            failure = unforeseen(error, "Put")
+        del requests
+        await abort(context, without_traces(failure))
         raise AssertionError("abort does not return")
 
     async def _put(self, requests: AsyncIterator[bytes], client: Client) -> pb.PutReply:

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from cairn_api.errors import CairnError, ConfigurationError
 from cairn_api.v1 import admin_pb2, admin_pb2_grpc, restore_pb2, restore_pb2_grpc, save_pb2, save_pb2_grpc
 from cairn_api.wire import GRPC_SOCKET_NAME, MAX_MESSAGE_BYTES, TOKEN_METADATA
-from cairnd.rpc.status import abort, unforeseen, unreadable
+from cairnd.rpc.status import abort, unforeseen, unreadable, without_traces
 from cairnd.session.clients import Client, Clients
 
 _OPEN_TO_ALL = ("/grpc.health.v1.Health/", "/grpc.reflection.")
@@ -54,7 +54,8 @@ class _Guard(grpc.aio.ServerInterceptor):
         if self._clients.authenticate(_token(handler_call_details.invocation_metadata)) is not None:
             return shape(behaviour, _read_or_refusal(handler.request_deserializer), handler.response_serializer)
 
-        async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        async def refuse(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            del request  # as in cairnd.rpc.status.without_traces
             await context.abort(
                 grpc.StatusCode.UNAUTHENTICATED, "no valid token: say hello on the side socket and pass its token"
             )
@@ -113,9 +114,12 @@ def translated(method: Callable[..., Any]) -> Callable[..., Any]:
                 raise request
             return await method(self, request, caller(context, self.clients))
         except CairnError as error:
-            await abort(context, error)
+            failure = error
         except Exception as error:  # noqa: BLE001 - the last resort: logged, told to the caller
-            await abort(context, unforeseen(error, method.__name__))
+            failure = unforeseen(error, method.__name__)
+        del request
+        await abort(context, without_traces(failure))
+        raise AssertionError("abort does not return")
 
     handle.__doc__ = method.__doc__
     handle.for_client = method  # type: ignore[attr-defined]  # for cairnd.rpc.brief, which has no context
@@ -131,10 +135,13 @@ def translated_stream(method: Callable[..., Any]) -> Callable[..., Any]:
                 raise request
             async for reply in method(self, request, caller(context, self.clients)):
                 yield reply
+            return
         except CairnError as error:
-            await abort(context, error)
+            failure = error
         except Exception as error:  # noqa: BLE001 - the last resort: logged, told to the caller
-            await abort(context, unforeseen(error, method.__name__))
+            failure = unforeseen(error, method.__name__)
+        del request
+        await abort(context, without_traces(failure))
 
     handle.__doc__ = method.__doc__
     return handle

@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import logging
 import os
 import socket
 import struct
@@ -41,6 +42,9 @@ from cairnd.rpc.server import remove_stale_socket
 from cairnd.rpc.status import fields_of, unforeseen
 from cairnd.session.clients import TOKEN_LIFETIME_S, Client, Clients
 from cairnd.session.memory import CaptureMemory
+from cairnd.tiers.errors import from_os_error
+
+log = logging.getLogger("cairnd")
 
 _BACKLOG = 128
 _MAX_FDS = 4
@@ -111,6 +115,7 @@ class SideSocket:
         """Accept until cancelled."""
         assert self._socket is not None, "start() comes first"
         loop = asyncio.get_running_loop()
+        exhausted = False
         while True:
             while self._closing >= _MAX_CLOSING:
                 self._closed_one.clear()
@@ -121,9 +126,14 @@ class SideSocket:
                 if error.errno not in _EXHAUSTED:
                     raise
                 # Connections wait in the backlog until descriptors are free again; those that exist are served.
-                unforeseen(error, "accepting a connection")
+                if not exhausted:
+                    log.warning("%s", from_os_error(error, "accept connections on", self._path))
+                exhausted = True
                 await asyncio.sleep(_EXHAUSTED_PAUSE_S)
                 continue
+            if exhausted:
+                log.warning("connections on %s are accepted again", self._path)
+            exhausted = False
             connection.setblocking(False)
             self._receive_visitor(connection)
 

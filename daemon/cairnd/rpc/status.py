@@ -24,7 +24,7 @@ from cairn_api.wire import ERROR_METADATA
 _TEXT_BYTES = 1500
 _CONTEXT_BYTES = 200
 _DETAILS_LENGTH = 1000
-"""What errors quote may be long. Cut to this, an error always fits into the 8 KiB of metadata that gRPC lets through."""
+"""What errors quote may be long. Cut to this, one always fits into the 8 KiB of metadata that gRPC lets through."""
 
 log = logging.getLogger("cairnd.rpc")
 
@@ -81,6 +81,16 @@ def unreadable(error: DecodeError) -> ConfigurationError:
     return ConfigurationError(
         f"the request cannot be read: {error}", hint="use a client of the daemon's version; report a bug if it is"
     )
+
+
+def without_traces(error: CairnError) -> CairnError:
+    """*error* without the frames that it passed, whose variables are the request; for :func:`abort`.
+
+    A context keeps what it was aborted with, and that keeps its own frame, with the context: until the collector next
+    looks at all there is, which may be never. Requests have up to 32 MB; refused ones stayed with the daemon.
+    """
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: CairnError) -> None:

@@ -99,6 +99,14 @@ class Clients:
         """Take note of a sign of life."""
         client.seen_s = self._clock.monotonic_s()
 
+    def excuse(self, duration_s: float) -> None:
+        """The daemon itself stood still for *duration_s*: nobody could give a sign of life, or renew a token."""
+        now_s = self._clock.monotonic_s()
+        for client in self._clients.values():
+            client.seen_s = min(now_s, client.seen_s + duration_s)
+            for token in client.tokens:
+                client.tokens[token] += duration_s
+
     def get(self, number: int) -> Client | None:
         """The connected client of that number, or None."""
         return self._clients.get(number)

@@ -23,7 +23,9 @@ MAX_REASON_LENGTH = 1000
 def check_claim(epoch: int, nonce: str, world_size: int) -> None:
     """An epoch that can be claimed: later ones exist, and versions can be named by it."""
     if not 1 <= epoch < MAX_EPOCH:
-        raise ConfigurationError(f"epoch {epoch} is not from 1 to {MAX_EPOCH - 1}", hint="claim the one after max_epoch")
+        raise ConfigurationError(
+            f"epoch {epoch} is not from 1 to {MAX_EPOCH - 1}", hint="claim the one after max_epoch"
+        )
     if not 0 < world_size <= MAX_WORLD_SIZE:
         raise ConfigurationError(f"a world of {world_size} ranks is not valid", hint="pass the launch's world_size")
     check_text("nonce", nonce)

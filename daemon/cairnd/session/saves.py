@@ -314,10 +314,16 @@ class Saves:
             elif now_s - save.touched_s > timeout_s:
                 self._orphan(save, f"not committed within {timeout_s:g} s of its last sign of progress")
 
+    def excuse(self, duration_s: float) -> None:
+        """The daemon itself stood still for *duration_s*, in which no save could make progress."""
+        now_s = self._clock.monotonic_s()
+        for save in self.open_saves():
+            save.touched_s = min(now_s, save.touched_s + duration_s)
+
     def _orphan(self, save: OpenSave, reason: str) -> None:
         # When every rank of the world is prepared here, agreement can only have been "commit": a rank that failed
         # would not have prepared. So the daemon may finish without having been told.
-        if save.prepared == set(range(save.version.world_size)) and not clash([name for _, name in save.received]):
+        if len(save.prepared) == save.version.world_size and not clash([name for _, name in save.received]):
             self._seal_version(save)
         else:
             self._abort(save, reason)
@@ -389,7 +395,7 @@ class Saves:
             writer = await asyncio.shield(beginning)
         except asyncio.CancelledError:
             # The call ended while the file was being made; nobody else knows of it.
-            beginning.add_done_callback(lambda made: self._discard(save, None if made.exception() else made.result()))
+            beginning.add_done_callback(lambda made: self._discard(save, _result(made)))
             raise
         if version.state is not VersionState.OPEN:
             await to_the_end(self._workers.run(writer.discard))
@@ -421,3 +427,7 @@ class Saves:
     @staticmethod
     def _check_new(save: OpenSave, rank: int, name: str, size_bytes: int) -> None:
         check_new(save.version, rank, name, size_bytes, prepared=save.prepared, received=len(save.received))
+
+
+def _result(made: asyncio.Future[BulkWriter]) -> BulkWriter | None:
+    return None if made.cancelled() or made.exception() is not None else made.result()

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cairn_api.errors import CairnError, ConfigurationError, VersionError
+from cairn_api.errors import CairnError, ConfigurationError, UnavailableError, VersionError
 from cairn_api.names import RESERVED_NAME, VersionId, check_job, check_node, parse_version
 from cairnd import layout
 from cairnd.catalog.health import Health
@@ -63,6 +63,12 @@ def identify(tier: LocalTier) -> str:
             layout.LAYOUT_KEY, encode({"format": NOTE_FORMAT, "layout": layout.LAYOUT_VERSION, "node": node})
         )
         return node
+    except VersionError as error:
+        raise VersionError(
+            f"{tier.root}: {error.message}",
+            hint="restore this file from a backup, or delete it: the daemon then gives itself a new node id, and finds "
+            "every version as before",
+        ) from error
     if document.get("layout") != layout.LAYOUT_VERSION:
         raise ConfigurationError(
             f"{tier.root} has layout {document.get('layout')!r}, this Cairn writes layout {layout.LAYOUT_VERSION}",
@@ -158,7 +164,7 @@ def _scan_version(tier: LocalTier, job: str, version_id: VersionId, found: Recov
         if tier.exists(layout.sealed(job, version_id)):
             found.lost.append((job, version_id))
         return
-    except VersionError as error:
+    except (VersionError, UnavailableError) as error:  # damaged, or on a part of the disk that cannot be read
         found.quarantined.append((folder, error.message))
         return
     version = manifest.version(VersionState.PREPARED)
@@ -202,6 +208,8 @@ def open_tree(fs: FileSystem, path: str) -> Path:
     try:
         with suppress(FileExistsError):
             fs.mkdir(root, 0o755)
+        # Also if it was there: whoever made it may have ended before this. Who may not read the parent did not make it.
+        with suppress(PermissionError):
             fs.fsync_folder(f"{root.parent}/.")  # the parent may be reached through a link
         if not fs.access(root, os.W_OK | os.X_OK):
             raise PermissionError(f"user {os.geteuid()} may not write there")

@@ -20,7 +20,6 @@ from cairnd.workers import Workers
 
 _PROGRESS_S = 0.5
 _TIERS = (Tier.TIER1, Tier.TIER2)
-_LOOKED_AT = (CopyState.VERIFIED, CopyState.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +70,15 @@ class Verification:
 
         for number, version in enumerate(versions, start=1):
             for tier in _TIERS:
-                if version.copy(tier).state not in _LOOKED_AT:
+                if not _is_held(version, tier):
                     continue
                 looking = asyncio.ensure_future(self._look(version, tier, progress, deep=deep))
                 while not (await asyncio.wait({looking}, timeout=_PROGRESS_S))[0]:
                     yield Step(done, total)
                 found = looking.result()
                 copies += 1
+                if not _is_held(version, tier):
+                    found = []  # it was deleted meanwhile
                 await self._record(version, tier, found, deep=deep)
                 yield Step(done, total, number, copies, tuple(found))
 
@@ -92,12 +93,15 @@ class Verification:
         return await self._workers.run(list, found)
 
     async def _record(self, version: Version, tier: Tier, found: list[Finding], *, deep: bool) -> None:
-        copy = version.copy(tier)
-        if copy.state not in _LOOKED_AT or version.state is VersionState.ABORTED:
-            return  # deleted meanwhile, or given up
         if found:
             self._catalog.set_damaged(version, tier, found[0].text)
-        elif deep and copy.state is CopyState.FAILED:  # a look at sizes cannot acquit a copy whose bytes were wrong
+        elif deep and version.copy(tier).damaged:  # a look at sizes cannot acquit a copy whose bytes were wrong
             self._catalog.set_copy(version, tier, CopyState.VERIFIED)
         with suppress(CairnError):  # a full disk, say: the health book reports it and tries again
             await self._health.settle()
+
+
+def _is_held(version: Version, tier: Tier) -> bool:
+    """Whether *tier* should have a copy, intact or not: a failed upload has left none, and what is deleted has gone."""
+    gone = version.state in (VersionState.DELETING, VersionState.ABORTED)
+    return (version.has(tier) or version.copy(tier).damaged) and not gone

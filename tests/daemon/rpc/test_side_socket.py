@@ -207,7 +207,9 @@ def test_running_out_of_descriptors_does_not_end_the_daemon(tmp_path: Path) -> N
             peer.close()
         assert b"token" in peers[-1].recv(SIDE_PACKET_BYTES)  # it was served as soon as there was room
         peers[-1].close()
-        assert "accepting a connection" in daemon.log
+        assert "accept connections" in daemon.log
+        assert "LimitNOFILE" in daemon.log
+        assert "are accepted again" in daemon.log
         assert daemon.stop() == 0
 
 

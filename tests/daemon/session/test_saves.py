@@ -267,6 +267,22 @@ async def test_a_silent_rank_and_an_idle_save_expire(make_lab: MakeLab, ready: b
     ) is not ready  # what all ranks prepared is finished, not dropped
 
 
+async def test_time_in_which_the_daemon_stood_still_counts_for_nobody(make_lab: MakeLab) -> None:
+    lab = await make_lab(lease_s=60.0, commit_timeout_s=600.0)
+    (rank,) = await Rank.launch(lab)
+    version = rank.next()
+    rank.create(version)
+    token = lab.app.clients.issue_token(rank.client)
+    await lab.settle()
+    lab.clock.advance(1000)  # in one step: nobody ran meanwhile, as after SIGSTOP
+    await lab.settle()
+    assert state(lab, version) is VersionState.OPEN
+    assert lab.app.clients.authenticate(token) is rank.client
+    assert lab.events("daemon_stood_still")
+    passed_s = await lab.passes(lambda: state(lab, version) is not VersionState.OPEN)
+    assert 55 < passed_s < 65, "a rank that is silent beyond that is still noticed"
+
+
 async def test_a_rank_that_shows_signs_of_life_but_never_commits_expires(make_lab: MakeLab) -> None:
     lab = await make_lab(lease_s=60.0, commit_timeout_s=600.0)
     (rank,) = await Rank.launch(lab)

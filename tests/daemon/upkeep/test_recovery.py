@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import subprocess
@@ -226,3 +227,18 @@ def test_the_trees_own_name_is_durable_whoever_made_it(tmp_path: Path) -> None:
     for _ in range(2):  # the first one may have ended between the two calls
         assert open_tree(Watched(), str(tmp_path / "tier1")) == tmp_path / "tier1"
     assert synced == [str(tmp_path)] * 2
+
+
+async def test_a_manifest_that_cannot_be_read_does_not_keep_the_others_away(kept: Lab) -> None:
+    newest, older = kept.app.catalog.versions(JOB)
+
+    class BadSector(OsFileSystem):
+        def pread_into(self, fd: int, buffer: memoryview, offset: int) -> int:
+            if os.readlink(f"/proc/self/fd/{fd}").endswith(layout.manifest(JOB, newest.id)):  # noqa: PTH115
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().pread_into(fd, buffer, offset)
+
+    found = recover(LocalTier(BadSector(), kept.tier1))
+    assert [version.id for version in found.versions] == [older.id]
+    assert [key for key, _ in found.quarantined] == [layout.version_folder(JOB, newest.id)]
+    assert (JOB, newest.id) in found.unreadable, "it was saved here: nobody may be told that there is nothing"

@@ -80,12 +80,12 @@ def check_versions(subject: Subject, stored: Stored) -> Iterator[Finding]:
             "restore it from a backup, or move it away: the tree then gets a new node id",
         )
         return
-    if document["layout"] == layout.LAYOUT_VERSION:
+    if document.get("layout") == layout.LAYOUT_VERSION:
         yield ok(VERSIONS, f"tier 1 has layout {layout.LAYOUT_VERSION}, which this release reads and writes")
     else:
         yield problem(
             VERSIONS,
-            f"tier 1 has layout {document['layout']}, this release reads layout {layout.LAYOUT_VERSION}",
+            f"tier 1 has layout {document.get('layout')!r}, this release reads layout {layout.LAYOUT_VERSION}",
             "run the release of Cairn that wrote it, or give this daemon an empty tier1_path",
         )
 
