@@ -225,6 +225,8 @@ class Loader:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._chosen = ""
+        """What was chosen automatically last: who loads that by its name resumes from it all the same."""
 
     def choose(
         self,
@@ -260,6 +262,8 @@ class Loader:
             gathered[session.rank_nodes.index(node)]["inventory"] for node in session.rank_nodes
         ]
         chosen = choose(inventories, tag=tag, exactly=exactly, save_dir=save_dir, reads=reads, bad=bad)
+        if version is None and not source and chosen is not None:
+            self._chosen = str(chosen.version)
         if chosen is not None and chosen.passed_over and session.ranks.rank == 0:
             log.warning("loading %s; newer ones were passed over: %s", chosen.version, "; ".join(chosen.passed_over))
         return chosen
@@ -326,7 +330,7 @@ class Loader:
                     session.counters.loads += 1
                     if not source:
                         session.resumed_from = candidate.version
-                    if version is None and not source:
+                    if version in (None, self._chosen) and not source:
                         session.note_resume(candidate)
                     return restored
                 restored.close()

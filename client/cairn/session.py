@@ -16,7 +16,7 @@ from cairn.overlap import Overlap
 from cairn.ranks import Ranks
 from cairn.settings import ClientSettings
 from cairn.transport.calls import Caller
-from cairn.transport.connection import Connection
+from cairn.transport.connection import Connection, ConnectionLostError
 from cairn.transport.keepalive import KeepAlive
 from cairn.transport.link import Fixed, Link, open_first
 from cairn.transport.messages import Alive, Joined
@@ -120,6 +120,8 @@ class Session:
 
     def note_resume(self, candidate: Candidate) -> None:
         """This launch goes on from *candidate*, chosen automatically: should it die before it saves, that counts."""
+        if self._resume is not None and self._resume[0] == candidate.version:
+            return  # another partition of it
         if candidate.passed_over:
             log.warning("loading %s as the last resort, although %s", candidate.version, candidate.passed_over)
         if self.rank_nodes.index(self.rank_nodes[self.ranks.rank]) != self.ranks.rank:
@@ -132,10 +134,10 @@ class Session:
             return
         if died:
             log.warning(
-                "%d launches in a row went on from %s and died before they saved anything; after some "
+                "launches that went on from %s and died before they saved anything: %d in a row; after some "
                 "(pass_over_after_resumes) an older version is taken",
-                died,
                 candidate.version,
+                died,
             )
 
     def close(self, *, ended_well: bool) -> None:
@@ -189,17 +191,25 @@ class Session:
             self.joined = _join(calls, self.settings, self.ranks, self._client_version)
             if self.launch is not None:
                 repeat_claim(calls, self.ranks, self.launch)
-            if self._resume is not None:
-                try:
-                    RestoreCalls(Caller(Fixed(connection), self.settings.job, patience_s=0)).note_resume(*self._resume)
-                except VersionError:  # deleted by retention meanwhile: newer ones were saved
-                    self._resume = None
+            self._note_again(RestoreCalls(Caller(Fixed(connection), self.settings.job, patience_s=0)))
             self.note_failures(tell_again(calls, self.ledger, self.pool))
         except BaseException:
             connection.close()
             raise
         self.counters.reconnects += 1
         return connection
+
+    def _note_again(self, calls: RestoreCalls) -> None:
+        if self._resume is None:
+            return
+        try:
+            calls.note_resume(*self._resume)
+        except VersionError:  # deleted by retention meanwhile: newer ones were saved
+            self._resume = None
+        except ConnectionLostError:
+            raise  # the daemon is gone again
+        except CairnError as error:  # a full disk, say: no reason to go without a daemon
+            log.warning("the daemon could not take note of what this launch resumed from: %s", error)
 
 
 def about_tier2(failure: CairnError) -> bool:

@@ -12,6 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -50,7 +51,7 @@ from cairnd.tiers.stores import open_store
 from cairnd.upkeep import room
 from cairnd.upkeep.drain import Drainer
 from cairnd.upkeep.keeper import Keeper
-from cairnd.upkeep.recovery import Recovered, identify, lock, notes, open_tree, recover
+from cairnd.upkeep.recovery import Recovered, asked_by_itself, identify, lock, notes, open_tree, recover
 from cairnd.upkeep.repair import Repairer
 from cairnd.upkeep.scrubber import Scrubber
 from cairnd.upkeep.verification import Verification
@@ -169,7 +170,7 @@ class Core:
             location=self.replicator.location,
         )  # fmt: skip
         self.verification = Verification(
-            self.catalog, self._fs, self.tier1, self.storage, self.health, self._workers,
+            self.catalog, self._fs, self.tier1, self.verified, self.storage, self.health, self._workers,
             location=self.replicator.location,
         )  # fmt: skip
         self.drainer = Drainer(self.catalog, self.saves, self.persistence, self.replicator, clock, events)
@@ -204,6 +205,8 @@ class Core:
         left: tuple[Version, ...] = ()
         async for report in self.drainer.drain(self.settings.drain_timeout_s):
             left = report.versions
+        with suppress(CairnError):  # what could not be written is found, or counted, again
+            await self.health.settle()
         return list(left)
 
     async def give_up(self) -> None:
@@ -228,12 +231,16 @@ class Core:
         for key in recovered.swept:
             self.events.publish("recovery_swept", key=key, reason="it had no manifest: it never reached tier 1")
         for key in self.health.load():
-            self.left_alone.append(f"the record {key} is damaged; `cairn verify --deep` writes it anew; then delete it")
+            self.left_alone.append(
+                f"the record {key} is damaged: what was known against its version is forgotten; `cairn verify --deep` "
+                "finds damage again, `cairn mark` sets a mark again; delete the record"
+            )
+        for job, version_id in recovered.lost:
+            self.health.note_lost(job, version_id)
         for key, why in recovered.quarantined:
             self.health.note_missing(*layout.version_of(key), f"its manifest was damaged: {why}")
             self.events.publish("manifest_quarantined", key=key, reason=why)
             self.metrics.verify_failures.labels(Tier.TIER1).inc()
-            self.left_alone.append(f"{key} was moved to {layout.QUARANTINE}: {why}; look at it, then delete it")
         self.inventory.note_unreadable(recovered.unreadable)
         for key in self.jobs.load():
             self.left_alone.append(f"the job record {key} is damaged; the job's next launch writes it anew")
@@ -248,6 +255,8 @@ class Core:
             self._mark(job, version_id, "pinned")
         for job, version_id in notes(self.tier1, layout.REQUESTS):
             self._mark(job, version_id, "requested")
+            if asked_by_itself(self.tier1, job, version_id):
+                self._mark(job, version_id, "by_itself")
 
     def _mark(self, job: str, version_id: VersionId, what: str) -> None:
         version = self.catalog.get(job, version_id)

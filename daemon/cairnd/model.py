@@ -96,6 +96,8 @@ class Version:
     copies: dict[Tier, Copy] = field(default_factory=dict)
     pinned: bool = False
     requested: bool = False
+    by_itself: bool = False
+    """Requested by the daemon, when a job's ranks were gone or it stopped, and by nobody else."""
     passed_over: str = ""
     """Why automatic resume passes it over, if it does: its bytes may be intact."""
     reason: str = ""
@@ -123,7 +125,7 @@ class Version:
     @property
     def requested_and_waiting(self) -> bool:
         """Someone asked for it to be persisted and it is not yet: not even the byte limit takes its place away."""
-        return self.requested and not self.has(Tier.TIER2)
+        return self.requested and not self.by_itself and not self.has(Tier.TIER2)
 
     @property
     def restorable(self) -> bool:

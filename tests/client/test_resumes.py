@@ -21,16 +21,22 @@ RESUME = """
     import os, signal, sys
     import cairn
     client = cairn.connect(job={job!r}, runtime_dir={runtime_dir!r})
-    restored = client.restore()
-    print(restored.candidate.version.tag, flush=True)
-    restored.close()
+    {how}
     {then}
+"""
+RESTORES = "restored = client.restore(); restored.close(); print(restored.candidate.version.tag, flush=True)"
+LOADS = """
+    version = client.latest()
+    client.load(version, "model.pt")
+    client.load(version, "model.pt")
+    print(version.tag, flush=True)
 """
 
 
-def resume(daemon: DaemonProcess, then: str) -> str:
+def resume(daemon: DaemonProcess, then: str, how: str = RESTORES) -> str:
     """A launch that resumes and then does *then*; the tag that it resumed from."""
-    program = textwrap.dedent(RESUME.format(job=JOB, runtime_dir=str(daemon.runtime_dir), then=then))
+    how = textwrap.indent(textwrap.dedent(how).strip(), "    ").strip()
+    program = textwrap.dedent(RESUME.format(job=JOB, runtime_dir=str(daemon.runtime_dir), how=how, then=then))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stdout, done.stderr
     return done.stdout.strip()
@@ -60,8 +66,8 @@ def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
 def test_after_some_deaths_an_older_version_is_taken(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path, pass_over_after_resumes=2) as daemon, _connected(daemon) as client:
         save(client, "step1", "step2")
-        deaths = [KILLED, "raise RuntimeError('the loss is not a number')"]
-        assert [resume(daemon, death) for death in deaths] == ["step2"] * 2
+        assert resume(daemon, KILLED, LOADS) == "step2"
+        assert resume(daemon, "raise RuntimeError('the loss is not a number')") == "step2"
         daemon.restart()
         assert resume(daemon, KILLED) == "step1"
         assert "passed-over" in run(daemon, "list")
@@ -96,6 +102,17 @@ def test_an_operator_marks_a_version(daemon: DaemonProcess) -> None:
             assert restored.candidate.version.tag == "step1"
         assert client.load("step2", "model.pt")["x"].sum() == 10, "by its name it is loaded"
     assert "its loss exploded" in run(daemon, "show", "step2")
+
+
+def test_a_record_that_cannot_be_written_keeps_nobody_from_the_next_daemon(daemon: DaemonProcess) -> None:
+    with _connected(daemon) as client:
+        save(client, "step1")
+    folder = daemon.tier1_path / ".cairn/health"
+    folder.mkdir()
+    (folder / JOB).touch()  # where a folder belongs
+    with _connected(daemon) as client, client.restore() or pytest.fail("nothing to restore"):
+        daemon.restart()
+        save(client, "step2")
 
 
 def _connected(daemon: DaemonProcess) -> cairn.Client:

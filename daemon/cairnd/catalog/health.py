@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from cairn_api.errors import CairnError, ConfigurationError, VersionError
+from cairn_api.errors import CairnError, ConfigurationError, UnavailableError, VersionError
 from cairn_api.names import VersionId, parse_version
 from cairnd import layout
 from cairnd.catalog.catalog import Catalog
@@ -24,6 +24,7 @@ from cairnd.clock import Clock
 from cairnd.events import EventLog
 from cairnd.manifest import NOTE_FORMAT, decode, encode, text
 from cairnd.model import Copy, CopyState, Tier, Version
+from cairnd.tiers.atomic import TEMPORARY_SUFFIX
 from cairnd.tiers.local import LocalTier
 from cairnd.workers import Workers
 
@@ -85,18 +86,20 @@ _SOUND = Health()
 
 
 def read_records(tier1: LocalTier) -> tuple[dict[Key, Health], list[str]]:
-    """All records, and the keys of damaged ones, which are left in place for the operator. Blocks."""
+    """All records, and the keys of damaged or unreadable ones, which are left in place for the operator. Blocks."""
     records: dict[Key, Health] = {}
     damaged: list[str] = []
     if not tier1.exists(layout.HEALTH):
         return records, damaged
     for folder in tier1.list_folder(layout.HEALTH):
         for entry in tier1.list_folder(f"{layout.HEALTH}/{folder.name}") if folder.is_folder else ():
+            if entry.name.startswith(".") and entry.name.endswith(TEMPORARY_SUFFIX):
+                continue  # of a daemon that was killed while it wrote one
             try:
                 version = parse_version(entry.name.removesuffix(".json"))
                 key = layout.health(folder.name, version)
                 records[folder.name, version] = Health.decode(tier1.read_small(key), key)
-            except (VersionError, ConfigurationError):
+            except (VersionError, ConfigurationError, UnavailableError):
                 damaged.append(f"{layout.HEALTH}/{folder.name}/{entry.name}")
     return records, damaged
 
@@ -144,6 +147,10 @@ class HealthBook:
         known = self._records.get((job, version), _SOUND)
         self._records[job, version] = replace(known, damaged={**known.damaged, Tier.TIER1: problem})
 
+    def note_lost(self, job: str, version: VersionId) -> None:
+        """A version that all ranks had agreed on went with the daemon; recovery may have had no room to write that."""
+        self._set((job, version), replace(self._records.get((job, version), _SOUND), lost=True))
+
     async def run(self) -> None:
         """Write records as findings change, for ever; a full disk is tried again."""
         while True:
@@ -157,14 +164,26 @@ class HealthBook:
                 self._awake.set()
 
     async def settle(self) -> None:
-        """Make all findings so far durable. Raises what the tier raises; what was not written stays to be written."""
+        """Make all findings so far durable.
+
+        Raises what the tier raises, after all others were written; what was not written stays to be written.
+        """
+        failures: list[CairnError] = []
         async with self._writing:
-            while self._unwritten:
-                key = next(iter(self._unwritten))
-                record = self._records.get(key, _SOUND)
-                await self._workers.run(self._write, key, record)
-                if record == self._records.get(key, _SOUND):
-                    self._unwritten.discard(key)
+            for key in list(self._unwritten):
+                try:
+                    await self._settle(key)
+                except CairnError as error:
+                    failures.append(error)
+        if failures:
+            raise failures[0]
+
+    async def _settle(self, key: Key) -> None:
+        while key in self._unwritten:
+            record = self._records.get(key, _SOUND)
+            await self._workers.run(self._write, key, record)
+            if record == self._records.get(key, _SOUND):
+                self._unwritten.discard(key)
 
     async def resume_began(self, client: int, version: Version, attempt: str) -> int:
         """A launch goes on from *version*, chosen automatically; returns how many before it died in a row.
@@ -174,6 +193,8 @@ class HealthBook:
         if len(attempt) > _LONGEST_ATTEMPT:
             raise ConfigurationError("the name of a resume is too long", hint="report this: the client made it")
         key = (version.job, version.id)
+        if self._alive.get(client) != (key, attempt):
+            self.resume_ended(client)  # it loads once more, so what it loaded before did not kill it
         record = self._records.get(key, _SOUND)
         died = len([name for name in record.resumes if name != attempt and (key, name) not in self._alive.values()])
         self._alive[client] = (key, attempt)

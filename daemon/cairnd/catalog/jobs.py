@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cairn_api.errors import ConfigurationError, VersionError
+from cairn_api.errors import ConfigurationError, UnavailableError, VersionError
 from cairn_api.names import MAX_EPOCH, VersionId, check_job, parse_version
 from cairnd import layout
 from cairnd.manifest import NOTE_FORMAT, decode, encode, number, text
@@ -79,7 +79,7 @@ class JobBook:
                 record = JobRecord.decode(self._tier.read_small(key), key)
                 if record.job != name:
                     raise VersionError(f"{key} is the record of {record.job}")
-            except (VersionError, ConfigurationError):
+            except (VersionError, ConfigurationError, UnavailableError):
                 damaged.append(f"{layout.JOB_RECORDS}/{entry.name}")
                 continue
             self._records[record.job] = record

@@ -16,6 +16,7 @@ from cairnd.clock import Clock
 from cairnd.digests import Digest
 from cairnd.metrics import Metrics
 from cairnd.model import Partition
+from cairnd.tiers.errors import explained
 from cairnd.tiers.filesystem import FileSystem
 from cairnd.tiers.local import FileIdentity, LocalTier
 
@@ -117,7 +118,8 @@ class VerifiedFiles:
     def _digest(self, key: str, size_bytes: int, progress: Progress) -> Digest:
         fd = self._tier.open_read(key)
         try:
-            return self._hashing.of_file(fd, size_bytes, progress)
+            with explained("read", key):  # a bad sector is damage like any other
+                return self._hashing.of_file(fd, size_bytes, progress)
         finally:
             self._fs.close(fd)
 

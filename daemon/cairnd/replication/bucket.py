@@ -44,6 +44,10 @@ class Verdict(StrEnum):
     """Not written by anyone: the key exists and cannot be believed. It must not look undecided, nor hide the others."""
 
 
+_UNDECIDABLE = "if the version is to be kept, move that object aside, and a daemon that has it decides anew"
+_UNCLAIMED = "move that object aside: its launch claims the epoch again, or is over"
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What a decision key says. ``swept``: the data of a deleted version is gone."""
@@ -111,7 +115,7 @@ class BucketRepository:
         try:
             return self.decision(job, version)
         except VersionError as error:
-            return Decision(Verdict.DAMAGED, {"problem": error.message})
+            return Decision(Verdict.DAMAGED, {"problem": f"{error.message}; {_UNDECIDABLE}"})
 
     def decision(self, job: str, version: VersionId) -> Decision | None:
         """The decision about one version, or None while it is undecided."""
@@ -251,7 +255,7 @@ class BucketRepository:
                 try:
                     claim = self._claims[info.key] = self._claim(info.key)
                 except VersionError as error:
-                    claim = EpochClaim(int(name), "", 0, None, error.message)
+                    claim = EpochClaim(int(name), "", 0, None, f"{error.message}; {_UNCLAIMED}")
             claims.append(claim)
         return sorted(claims, key=lambda claim: claim.epoch, reverse=True)
 

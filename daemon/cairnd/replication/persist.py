@@ -33,8 +33,11 @@ class Persistence:
         self._workers = workers
         self._events = events
 
-    async def request(self, version: Version) -> bool:
+    async def request(self, version: Version, *, by_itself: bool = False) -> bool:
         """Ask for *version* in tier 2; returns False if that was asked for, or done, already.
+
+        What the daemon asks for *by itself* may lose its place in the queue when tier 1 is full, as if it had been
+        flagged at ``create``: a long outage of the bucket must not stop training.
 
         Raises :class:`ConfigurationError` when the job has no tier 2 and :class:`VersionError` for a version that will
         not be committed.
@@ -56,8 +59,9 @@ class Persistence:
                 hint="set persistent_storage_path in cairnd.toml or in the job's settings",
             )
         already, version.requested = version.requested, True
+        version.by_itself = by_itself and (version.by_itself or not already)
         key = layout.request(version.job, version.id)
-        await self._workers.run(self._tier1.put_small, key, encode({"format": NOTE_FORMAT, "version": str(version.id)}))
+        await self._workers.run(self._tier1.put_small, key, _note(version))
         if not already:
             self._events.publish("persist_requested", version.job, version.id)
         self._replicator.wake(version)
@@ -70,17 +74,27 @@ class Persistence:
                 self._events.publish("persist_request_local", version.job, version.id, error=error)
         return not already
 
-    def newest(self, job: str) -> Version | None:
-        """The newest version of *job* that is committed and intact somewhere, or is about to be."""
+    def newest(self, job: str, *, passed_over: bool = True) -> Version | None:
+        """The newest version of *job* that is committed and intact somewhere, or is about to be.
+
+        Without *passed_over* only what automatic resume takes counts.
+        """
         for version in self._catalog.versions(job):
             held = version.state is VersionState.SEALED or version.has(Tier.TIER1) or version.has(Tier.TIER2)
-            if version.restorable and held:
+            if version.restorable and held and (passed_over or not version.passed_over):
                 return version
         return None
 
     async def request_newest(self, job: str) -> None:
-        """The job's ranks are gone, or this daemon stops: what was committed last must not exist only here."""
-        version = self.newest(job)
-        if version is None or not self._replicator.location(job) or version.has(Tier.TIER2):
-            return
-        await self.request(version)
+        """The job's ranks are gone, or this daemon stops: what was committed last must not exist only here.
+
+        Nor what the next launch resumes from, if that passes the last one over.
+        """
+        newest, taken = self.newest(job), self.newest(job, passed_over=False)
+        for version in (newest, taken if taken is not newest else None):
+            if version is not None and self._replicator.location(job) and not version.has(Tier.TIER2):
+                await self.request(version, by_itself=True)
+
+
+def _note(version: Version) -> bytes:
+    return encode({"format": NOTE_FORMAT, "version": str(version.id), "by_itself": version.by_itself})

@@ -7,15 +7,14 @@ a proper copy. Only when no copy of a partition can be believed does a fetch fai
 from __future__ import annotations
 
 import asyncio
-import mmap
 import os
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from awscrt import checksums
 
-from cairn_api.errors import CairnError, UnavailableError, VersionError
+from cairn_api.errors import CairnError, OverloadedError, UnavailableError, VersionError
 from cairnd import layout
 from cairnd.catalog.catalog import Catalog
 from cairnd.catalog.leases import Lease, Leases
@@ -34,6 +33,7 @@ from cairnd.restore.partials import KeyLocks, Partials
 from cairnd.session.memory import CaptureMemory, Segment
 from cairnd.tiers.local import LocalTier
 from cairnd.upkeep.recovery import quarantine
+from cairnd.upkeep.verifier import block_buffer, compare_block
 from cairnd.workers import Workers, to_the_end
 
 _SETTLE_S = 600.0
@@ -88,7 +88,7 @@ class Fetcher:
         metrics: Metrics,
         *,
         location: Callable[[str], str],
-        make_room: Callable[[int, str], object],
+        make_room: Callable[..., Awaitable[None]],
         concurrency: int,
         locks: KeyLocks,
     ) -> None:
@@ -155,10 +155,41 @@ class Fetcher:
             try:
                 await self._partials.wait(_folder(version, ""))
                 for partition in version.partitions:
-                    await self._on_disk(version, partition, meter)
+                    await self._read_anew(version, partition)
+                    await self._on_disk(version, partition, meter, again=True)
                 await self._adopt(version, "")
             finally:
                 self.end(lease)
+
+    async def _read_anew(self, version: Version, partition: Partition) -> None:
+        """Believe the disk of *partition*, not the page cache: that may hold what was read before the disk failed."""
+        key = layout.partition(version.job, version.id, partition.path)
+        async with self._locks.hold(key):
+            problem = await to_the_end(self._workers.run(self._compare, key, partition))
+            if problem:
+                error = DamagedError(f"tier 1 copy {key} is damaged: {problem}")
+                await self._set_aside(version, key, error)
+
+    def _compare(self, key: str, partition: Partition) -> str:
+        """What is wrong on disk with a file that is there; empty if nothing. Blocks."""
+        assert partition.digest is not None, "what is made again is digested"
+        try:
+            file = self._tier1.open_uncached(key)
+        except OverloadedError:
+            raise
+        except CairnError:
+            return ""  # not there, or no file: who reads it next deals with that
+        try:
+            buffer = block_buffer()
+            for number in range(len(partition.digest.blocks)):
+                problem = compare_block(partition, number, file.read_into, buffer)
+                if problem:
+                    return problem
+        except VersionError as error:  # it is cut short
+            return error.message
+        finally:
+            file.close()
+        return ""
 
     def is_near(self, version: Version, paths: Sequence[str]) -> bool:
         """Whether all of *paths* is here and was verified, so that a fetch of it neither waits nor reads.
@@ -245,7 +276,8 @@ class Fetcher:
             return await self._from_source(version, partition, source, meter)
         return await self._from_memory(version, partition, meter) or await self._on_disk(version, partition, meter)
 
-    async def _on_disk(self, version: Version, partition: Partition, meter: Meter) -> Fetched:
+    async def _on_disk(self, version: Version, partition: Partition, meter: Meter, *, again: bool = False) -> Fetched:
+        """*again*: nobody waits for it, so no version is given up for its place."""
         failures: list[str] = []
         key = layout.partition(version.job, version.id, partition.path)
         async with self._locks.hold(key):
@@ -264,7 +296,7 @@ class Fetcher:
                 raise self._no_copy(version, partition, failures)
             temporary = layout.incoming_download(version.job, version.id, self._tier1.token_hex(8))
             self._partials.note(version, _folder(version, ""))
-            return await self._from_tier2(version, partition, url, key, temporary, meter, failures)
+            return await self._from_tier2(version, partition, url, key, temporary, meter, failures, again=again)
 
     def _no_copy(self, version: Version, partition: Partition, failures: Sequence[str]) -> VersionError:
         """No tier has an intact copy: what was found in each of them, now or before."""
@@ -324,9 +356,11 @@ class Fetcher:
         temporary: str,
         meter: Meter,
         failures: list[str],
+        *,
+        again: bool = False,
     ) -> Fetched:
         async with self._slots:
-            await self._make_room(partition.size_bytes, version.job)  # type: ignore[misc]
+            await self._make_room(partition.size_bytes, version.job, deleting=not again)
             try:
                 bucket = await self._storage.bucket(url)
                 download = self._workers.run(self._download, bucket, version, partition, key, temporary, meter)
@@ -357,8 +391,7 @@ class Fetcher:
         source = layout.Bucket.partition(version.job, version.id, partition.path)
         writer = self._tier1.begin(key, temporary, partition.size_bytes)
         try:
-            # Aligned memory; not closed here, because an error on its way up may still hold a view of it.
-            view = memoryview(mmap.mmap(-1, BLOCK_BYTES))
+            view = block_buffer()
             for number, offset in enumerate(range(0, partition.size_bytes, BLOCK_BYTES)):
                 meter.check()
                 block = view[: min(BLOCK_BYTES, partition.size_bytes - offset)]

@@ -20,6 +20,7 @@ from cairnd.rpc import convert
 from cairnd.rpc.report import Reporter
 from cairnd.rpc.server import translated, translated_stream
 from cairnd.session.clients import Client, Clients
+from cairnd.session.rules import MAX_REASON_LENGTH
 from cairnd.upkeep.drain import Drainer
 from cairnd.upkeep.keeper import Deletion, Keeper
 from cairnd.upkeep.verification import Verification
@@ -107,7 +108,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     @translated
     async def Mark(self, request: pb.MarkRequest, client: Client) -> pb.MarkReply:
         version = await self._find(client, request.job, request.version)
-        changed = self._health.mark(version, request.reason)
+        changed = self._health.mark(version, request.reason[:MAX_REASON_LENGTH])
         await self._health.settle()
         return pb.MarkReply(id=convert.id_to(version.id), changed=changed)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from cairn_api.v1 import admin_pb2 as pb
 from cairn_api.wire import PROTOCOL_VERSION
-from cairnd import __version__
+from cairnd import __version__, layout
 from cairnd.catalog.catalog import Catalog
 from cairnd.catalog.health import HealthBook
 from cairnd.clock import Clock
@@ -21,6 +21,7 @@ from cairnd.session.saves import Saves
 from cairnd.tiers.local import LocalTier
 from cairnd.upkeep import room
 from cairnd.upkeep.keeper import Keeper
+from cairnd.upkeep.recovery import unreadable
 from cairnd.workers import Workers
 
 
@@ -101,7 +102,10 @@ class Reporter:
             lost_claims=int(value_of(self._metrics.lost_claims)),
             draining=self._saves.draining,
             protocol=PROTOCOL_VERSION,
-            problems=[*filter(None, [await self._complaint(free)]), *self._problems(may_see)],
+            problems=[
+                *filter(None, [await self._complaint(free), await self._quarantine()]),
+                *self._problems(may_see),
+            ],
         )
 
     def _last_persisted(self, may_see: Callable[[Version], bool]) -> str:
@@ -120,6 +124,19 @@ class Reporter:
 
     async def _complaint(self, free_bytes: int) -> str:
         return room.complaint(self._tier1.root, await self._workers.run(self._tier1.total_bytes), free_bytes)
+
+    async def _quarantine(self) -> str:
+        def look() -> tuple[bool, list[str]]:
+            if not self._tier1.exists(layout.QUARANTINE):
+                return False, []
+            whole = sorted(f"{job}/{version}" for job, version in unreadable(self._tier1))
+            return bool(self._tier1.list_folder(layout.QUARANTINE)), whole
+
+        anything, whole = await self._workers.run(look)
+        if not anything:
+            return ""
+        versions = f", with the manifests of {', '.join(whole)}" if whole else ""
+        return f"damaged files lie in {self._tier1.root / layout.QUARANTINE}{versions}; look at them, then delete them"
 
     def _problems(self, may_see: Callable[[Version], bool]) -> list[str]:
         problems = list(self._left_alone)

@@ -207,10 +207,12 @@ class Launches:
         return None
 
     def newest(self, job: str, tier: Tier) -> list[Version]:
-        """The newest versions with a verified copy in *tier*, newest first."""
-        return [version for version in self._catalog.versions(job) if version.restorable and version.has(tier)][
-            :_NEWEST_TOLD
-        ]
+        """The newest versions with a verified copy in *tier*, newest first: what ranks agree on a floor from.
+
+        Those that automatic resume passes over are told only if there are no others.
+        """
+        held = [version for version in self._catalog.versions(job) if version.restorable and version.has(tier)]
+        return ([version for version in held if not version.passed_over] or held)[:_NEWEST_TOLD]
 
     def persist_lost(self, client: Client) -> bool:
         """Whether the newest flagged version of this launch aborted: the next save inherits its flag."""

@@ -71,7 +71,9 @@ class Drainer:
     async def _request_newest(self, requested: set[str]) -> None:
         for job in self._catalog.jobs():
             newest = self._persistence.newest(job)
-            if newest is None or newest.state is VersionState.SEALED or job in requested or newest.has(Tier.TIER2):
+            if newest is None or newest.state is VersionState.SEALED or job in requested:
+                continue
+            if newest.has(Tier.TIER2) and not newest.passed_over:
                 continue
             requested.add(job)
             try:

@@ -96,17 +96,21 @@ class Keeper:
         self._floors[job] = max(floor, self._floors.get(job, floor))
 
     def floor(self, job: str) -> VersionId | None:
-        """What ranks agreed on, or the newest version that this node alone can show to be complete."""
+        """What ranks agreed on, or the newest version that this node alone can show to be complete.
+
+        One that automatic resume passes over is it only if there is no other: else the last good one could go.
+        """
         complete = [
-            version.id
+            version
             for version in self._catalog.versions(job)
             if version.state is VersionState.COMMITTED
             and ((version.complete and version.has(Tier.TIER1)) or version.has(Tier.TIER2))
         ]
         agreed = self._floors.get(job)
-        if agreed is not None and not self._intact(job, agreed):
-            agreed = None  # it was found damaged since: an older one is what can be restored
-        return max([*complete[:1], *([agreed] if agreed is not None else [])], default=None)
+        if agreed is not None and self._intact(job, agreed):  # else an older one is what can be restored
+            complete.append(self._catalog.require(job, agreed))
+        sound = [version for version in complete if not version.passed_over]
+        return max((version.id for version in sound or complete), default=None)
 
     def _intact(self, job: str, version_id: VersionId) -> bool:
         version = self._catalog.get(job, version_id)
@@ -196,13 +200,23 @@ class Keeper:
             return False
         return True
 
-    async def make_room(self, size_bytes: int, job: str) -> None:
+    async def make_room(self, size_bytes: int, job: str, *, deleting: bool = True) -> None:
         """Free tier 1 for *size_bytes* more, by policy first and by the byte limit's rule then.
 
-        Raises :class:`OverloadedError` when that is not enough: nothing that must stay is touched.
+        Without *deleting* the bytes are those of a copy that is made again, which the limit counts already: only the
+        disk has to have room. Raises :class:`OverloadedError` when there is too little: nothing that must stay is
+        touched.
         """
         if self._excess_bytes(size_bytes) <= 0:
             return
+        if deleting:
+            await self._free(size_bytes, job)
+        beyond_disk = self._beyond_disk_bytes(size_bytes)
+        beyond_limit = self._beyond_limit_bytes(size_bytes) if deleting else 0
+        if max(beyond_disk, beyond_limit) > 0:
+            raise self._no_room(size_bytes, job, beyond_disk, beyond_limit)
+
+    async def _free(self, size_bytes: int, job: str) -> None:
         for name in {job, *self._catalog.jobs()}:
             await self.delete([item for item in self.plan(name) if item.tier is Tier.TIER1])
         excess = self._excess_bytes(size_bytes)
@@ -217,21 +231,20 @@ class Keeper:
                 self._metrics.lost_claims.inc()
                 self._events.publish("claim_lost", version.job, version.id, reason="tier 1 is at its byte limit")
             await self.delete([Deletion(version, Tier.TIER1, eviction.reason)])
-        beyond_disk, beyond_limit = self._beyond_disk_bytes(size_bytes), self._beyond_limit_bytes(size_bytes)
-        if max(beyond_disk, beyond_limit) <= 0:
-            return
+
+    def _no_room(self, size_bytes: int, job: str, beyond_disk: int, beyond_limit: int) -> OverloadedError:
         if beyond_disk >= beyond_limit:
             free_bytes = size_bytes + TIER1_RESERVED_BYTES - beyond_disk
             reason = (
                 f"{free_bytes} bytes are free in {self._tier1.root}, {TIER1_RESERVED_BYTES} must stay free for records"
             )
-            step = "free space there or put tier1_path on a larger disk"
+            step = f"free space there (nothing in {layout.QUARANTINE} is needed) or put tier1_path on a larger disk"
         else:
             limit_bytes = self._settings.tier1_limit_bytes
             used_bytes = limit_bytes + beyond_limit - size_bytes
             reason = f"versions take {used_bytes} of the {limit_bytes} bytes of tier1_limit_bytes"
             step = "raise tier1_limit_bytes"
-        raise OverloadedError(
+        return OverloadedError(
             f"tier 1 has no room for {size_bytes} bytes: {reason}, so {max(beyond_disk, beyond_limit)} bytes are "
             "missing, and nothing more may be deleted",
             hint=f"{step}, lower num_of_version_in_retention, or check why tier 2 lags (`cairn status`)",

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cairn_api.errors import CairnError, ConfigurationError, UnavailableError, VersionError
+from cairn_api.errors import CairnError, ConfigurationError, OverloadedError, UnavailableError, VersionError
 from cairn_api.names import RESERVED_NAME, VersionId, check_job, check_node, parse_version
 from cairnd import layout
 from cairnd.catalog.health import Health
@@ -100,7 +100,9 @@ def recover(tier: LocalTier) -> Recovered:
     """Scan, then sweep what was never promised and move damaged manifests aside."""
     found = scan(tier)
     for job, version_id in found.lost:  # before the trace of it goes
-        tier.put_small(layout.health(job, version_id), Health(lost=True).encode())
+        # On a full disk what is swept makes the room; whoever takes in what was found writes it then.
+        with suppress(OverloadedError):
+            tier.put_small(layout.health(job, version_id), Health(lost=True).encode())
     for key in found.swept:
         tier.delete_tree(key)
     for key, _ in found.quarantined:
@@ -151,6 +153,15 @@ def notes(tier: LocalTier, folder: str) -> set[tuple[str, VersionId]]:
             if version_id is not None and entry.name.endswith(".json"):
                 found.add((job_entry.name, version_id))
     return found
+
+
+def asked_by_itself(tier: LocalTier, job: str, version_id: VersionId) -> bool:
+    """Whether the request to persist a version was the daemon's own; one that cannot be read was somebody's."""
+    key = layout.request(job, version_id)
+    try:
+        return decode(tier.read_small(key), NOTE_FORMAT, key).get("by_itself") is True
+    except CairnError:
+        return False
 
 
 def _scan_version(tier: LocalTier, job: str, version_id: VersionId, found: Recovered) -> None:

@@ -1,7 +1,8 @@
 """Which versions a tier may let go: a pure function of what is known. No clock, no I/O, commit order only.
 
-Never chosen: a pinned or leased version; the floor (the newest version verified on all ranks in one tier) and anything
-newer; in tier 1, a version that still waits for tier 2; the last restorable version of a job, whatever the policy says.
+Never chosen: a pinned or leased version; the floor (the newest version verified on all ranks in one tier; one that is
+passed over only if all are) and anything newer, but for what is passed over when a tier is at its limit; in tier 1, a
+version that still waits for tier 2; the last restorable version of a job, whatever the policy says.
 """
 
 from __future__ import annotations
@@ -90,14 +91,19 @@ def over_limit(
     """What must go when tier 1 is *excess_bytes* too large: ``(evictions, claims lost)``, oldest first.
 
     First copies that do not wait for tier 2, whatever the policy would keep; then the oldest waiting ones lose their
-    claim. The newest complete version (the floor), anything newer, pins and explicit requests stay.
+    claim. The newest complete version (the floor), anything newer, pins and explicit requests stay. What is newer than
+    a floor that is not passed over, and is passed over itself, may go: else it could keep every save from its place.
     """
     evictions: list[Eviction] = []
     lost: list[VersionId] = []
+    by_age = sorted(held, key=lambda item: item.id)
+    last_resort = any(item.passed_over for item in by_age if item.id == floor)
     candidates = [
         item
-        for item in sorted(held, key=lambda item: item.id)
-        if floor is not None and item.id < floor and not item.protected
+        for item in by_age
+        if floor is not None
+        and (item.id < floor or (item.passed_over and item.id > floor and not last_resort))
+        and not item.protected
     ]
     for waiting in (False, True):
         for item in candidates:

@@ -9,9 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from cairn_api.errors import CairnError
+from cairnd import layout
 from cairnd.catalog.catalog import Catalog
 from cairnd.catalog.health import HealthBook
-from cairnd.model import CopyState, Tier, Version, VersionState
+from cairnd.catalog.verified import VerifiedFiles
+from cairnd.model import Copy, CopyState, Tier, Version, VersionState
 from cairnd.replication.storage import Storage
 from cairnd.tiers.filesystem import FileSystem
 from cairnd.tiers.local import LocalTier
@@ -41,6 +43,7 @@ class Verification:
         catalog: Catalog,
         fs: FileSystem,
         tier1: LocalTier,
+        verified: VerifiedFiles,
         storage: Storage,
         health: HealthBook,
         workers: Workers,
@@ -50,6 +53,7 @@ class Verification:
         self._catalog = catalog
         self._fs = fs
         self._tier1 = tier1
+        self._verified = verified
         self._storage = storage
         self._health = health
         self._workers = workers
@@ -58,7 +62,7 @@ class Verification:
     async def verify(self, versions: Sequence[Version], *, deep: bool) -> AsyncIterator[Step]:
         """Look at every copy of *versions*, tier 1 first: manifests and sizes, with *deep* every byte.
 
-        Raises :class:`UnavailableError` when a bucket does not answer.
+        Raises :class:`UnavailableError` when a bucket does not answer, :class:`OverloadedError` when it cannot look.
         """
         total = sum(version.size_bytes * sum(version.has(tier) for tier in _TIERS) for version in versions)
         done, copies, guard = 0, 0, threading.Lock()
@@ -72,6 +76,7 @@ class Verification:
             for tier in _TIERS:
                 if not _is_held(version, tier):
                     continue
+                before = version.copy(tier)
                 looking = asyncio.ensure_future(self._look(version, tier, progress, deep=deep))
                 while not (await asyncio.wait({looking}, timeout=_PROGRESS_S))[0]:
                     yield Step(done, total)
@@ -79,7 +84,7 @@ class Verification:
                 copies += 1
                 if not _is_held(version, tier):
                     found = []  # it was deleted meanwhile
-                await self._record(version, tier, found, deep=deep)
+                await self._record(version, tier, before, found, deep=deep)
                 yield Step(done, total, number, copies, tuple(found))
 
     async def _look(
@@ -92,10 +97,13 @@ class Verification:
             found = check_tier2(bucket, version, deep=deep, progress=progress)
         return await self._workers.run(list, found)
 
-    async def _record(self, version: Version, tier: Tier, found: list[Finding], *, deep: bool) -> None:
+    async def _record(self, version: Version, tier: Tier, before: Copy, found: list[Finding], *, deep: bool) -> None:
         if found:
+            if tier is Tier.TIER1:  # whoever makes it again must not believe what was read of it earlier
+                self._verified.forget(f"{layout.version_folder(version.job, version.id)}/")
             self._catalog.set_damaged(version, tier, found[0].text)
-        elif deep and version.copy(tier).damaged:  # a look at sizes cannot acquit a copy whose bytes were wrong
+        # A look at sizes cannot acquit a copy whose bytes were wrong, and none what others found wrong meanwhile.
+        elif deep and before.damaged and version.copy(tier) is before:
             self._catalog.set_copy(version, tier, CopyState.VERIFIED)
         with suppress(CairnError):  # a full disk, say: the health book reports it and tries again
             await self._health.settle()

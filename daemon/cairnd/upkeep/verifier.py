@@ -6,6 +6,7 @@ time, need no running daemon and change nothing; setting damaged copies aside is
 
 from __future__ import annotations
 
+import errno
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,17 +14,21 @@ from functools import partial
 
 from awscrt import checksums
 
-from cairn_api.errors import CairnError
+from cairn_api.errors import CairnError, OverloadedError, VersionError
 from cairn_api.names import VersionId
 from cairnd import layout
 from cairnd.digests import BLOCK_BYTES
 from cairnd.manifest import NodeManifest
 from cairnd.model import Partition, Tier, Version
 from cairnd.replication.bucket import BucketRepository, Verdict
+from cairnd.tiers.errors import explained, from_os_error
 from cairnd.tiers.filesystem import FileSystem, read_exactly
 from cairnd.tiers.local import LocalTier
 
 ReadBlock = Callable[[int, memoryview], None]
+
+_ROT = (errno.EIO, errno.ENXIO, errno.EUCLEAN, errno.EBADMSG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+"""What a folder that serves as a bucket says of one object, and not of itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,10 @@ class Finding:
 def check_tier1(
     tier1: LocalTier, fs: FileSystem, version: Version, *, deep: bool, progress: Callable[[int], None]
 ) -> Iterator[Finding]:
-    """Findings about the tier 1 copy of *version*; *progress* is told bytes as they are read."""
+    """Findings about the tier 1 copy of *version*; *progress* is told bytes as they are read.
+
+    Raises :class:`OverloadedError` when descriptors or memory ran out: that says nothing about the copy.
+    """
 
     def finding(path: str, problem: str) -> Finding:
         return Finding(version.job, version.id, Tier.TIER1, path, problem)
@@ -53,6 +61,8 @@ def check_tier1(
     key = layout.manifest(version.job, version.id)
     try:
         manifest = NodeManifest.decode(tier1.read_small(key), key)
+    except OverloadedError:
+        raise
     except CairnError as error:
         yield finding("", error.message)
         return
@@ -72,6 +82,8 @@ def check_tier1(
                     fs.close(fd)
                 if problem:
                     yield finding(partition.path, problem)
+        except OverloadedError:
+            raise
         except CairnError as error:
             yield finding(partition.path, error.message)
 
@@ -79,7 +91,10 @@ def check_tier1(
 def check_tier2(
     bucket: BucketRepository, version: Version, *, deep: bool, progress: Callable[[int], None]
 ) -> Iterator[Finding]:
-    """Findings about the bucket's copy of *version*: decision, node manifests, sizes; deep: bytes."""
+    """Findings about the bucket's copy of *version*: decision, node manifests, sizes; deep: bytes.
+
+    Raises what the bucket does when it does not answer, or refuses to: that says nothing about the copy.
+    """
 
     def finding(path: str, problem: str) -> Finding:
         return Finding(version.job, version.id, Tier.TIER2, path, problem)
@@ -91,6 +106,8 @@ def check_tier2(
             return
         manifests = bucket.committed(version.job, version.id, decision)
     except CairnError as error:
+        if not _is_about_the_copy(error):
+            raise
         yield finding("", error.message)
         return
     for partition in {item.path: item for manifest in manifests for item in manifest.partitions}.values():
@@ -108,7 +125,15 @@ def check_tier2(
                 if problem:
                     yield finding(partition.path, problem)
         except CairnError as error:
+            if not _is_about_the_copy(error):
+                raise
             yield finding(partition.path, error.message)
+
+
+def _is_about_the_copy(error: CairnError) -> bool:
+    """Whether *error* came of the object that was asked for, rather than of the bucket or of a shortage here."""
+    cause = error.__cause__
+    return isinstance(error, VersionError) or (isinstance(cause, OSError) and cause.errno in _ROT)
 
 
 def _reader(fs: FileSystem, fd: int) -> ReadBlock:
@@ -128,18 +153,28 @@ def _compare(partition: Partition, read: ReadBlock, progress: Callable[[int], No
 
 
 def block_buffer() -> memoryview:
-    """Page-aligned memory for one block. Nobody closes it: an error on its way up may hold a view of it."""
-    return memoryview(mmap.mmap(-1, BLOCK_BYTES))
+    """Page-aligned memory for one block. Nobody closes it: an error on its way up may hold a view of it.
+
+    Raises :class:`OverloadedError` when there is none.
+    """
+    with explained("take", "memory for a block"):
+        return memoryview(mmap.mmap(-1, BLOCK_BYTES))
 
 
 def compare_block(partition: Partition, number: int, read: ReadBlock, buffer: memoryview) -> str:
-    """What is wrong with block *number* as *read* delivers it into *buffer*; empty if nothing."""
+    """What is wrong with block *number* as *read* delivers it into *buffer*; empty if nothing.
+
+    Raises :class:`OverloadedError` when descriptors or memory ran out.
+    """
     assert partition.digest is not None, "manifests state digests"
     offset = number * BLOCK_BYTES
     block = buffer[: min(BLOCK_BYTES, partition.size_bytes - offset)]
     try:
         read(offset, block)
     except OSError as error:
+        translated = from_os_error(error, "read", partition.path)
+        if isinstance(translated, OverloadedError):
+            raise translated from error
         return f"block {number} cannot be read: {error.strerror or error}"
     if checksums.crc64nvme(block) != partition.digest.blocks[number]:
         return f"block {number} does not match its digest"

@@ -20,7 +20,7 @@ import pytest
 from cairn_api.errors import ErrorKind
 from cairn_api.wire import SIDE_SOCKET_NAME
 from cairnd import __version__, layout
-from cairnd.cli.doctor import bucket, configuration, findings, health, permissions, shared_memory
+from cairnd.cli.doctor import bucket, configuration, findings, health, leftovers, permissions, shared_memory
 from cairnd.cli.doctor.findings import Check, Finding, Level, ok, run_checks
 from cairnd.cli.doctor.stored import Stored
 from cairnd.cli.doctor.subject import Subject, choose_settings
@@ -675,3 +675,9 @@ def test_the_gravest_problem_decides_the_exit_status() -> None:
 def test_a_store_alone_is_refused(cairn: Cairn, place: Path) -> None:
     outcome = cairn("doctor", "--store", place, "--json")
     assert outcome.error()["exit_status"] == 12
+
+
+def test_what_a_running_daemon_moves_away_meanwhile_is_no_problem(tmp_path: Path) -> None:
+    gone = tmp_path / "e00001-s000001-a"
+    assert leftovers._age_s(gone) <= 0.0
+    assert leftovers._sizes(tmp_path, [gone.name]) == "0 B"

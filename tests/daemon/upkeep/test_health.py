@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from cairn_api.errors import CairnError, OverloadedError, UnavailableError
 from cairn_api.names import VersionId
 from cairnd import layout
+from cairnd.catalog.health import Health, read_records
 from cairnd.model import CopyState, Tier
+from cairnd.tiers.filesystem import AnyPath, OsFileSystem
+from cairnd.tiers.local import LocalTier
+from cairnd.upkeep.verifier import block_buffer, compare_block
 from tests.daemon.conftest import MakeLab
 from tests.daemon.lab import JOB, Lab, Rank, eventually, gone
 from tests.daemon.replication.test_replicator import flip
@@ -34,6 +44,16 @@ async def saved(lab: Lab, *, persist: bool = True) -> VersionId:
 def record(lab: Lab, version: VersionId) -> dict[str, str]:
     path = lab.tier1 / layout.health(JOB, version)
     return dict(json.loads(path.read_text())["damaged"]) if path.exists() else {}
+
+
+def rot(path: Path) -> None:
+    """Other bytes in the same file, whose times do not tell."""
+    before = path.stat()
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.write(b"rotten")
+    path.chmod(before.st_mode)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def hold_writes(lab: Lab) -> None:
@@ -210,10 +230,12 @@ async def test_a_version_on_which_resumes_die_is_passed_over_and_stays_so(make_l
             await lab.restart()
     assert lab.version(version).passed_over == "2 resumes in a row died on it before they had saved anything"
     assert [event.version for event in lab.events("version_passed_over")] == [str(version)]
+    await lab.app.health.settle()
     await lab.restart()
     assert lab.version(version).passed_over
     assert any("cairn mark" in problem for problem in (await lab.app.reporter.status()).problems)
     assert lab.app.health.mark(lab.version(version), "")
+    await lab.app.health.settle()
     await lab.restart()
     assert not lab.version(version).passed_over
     assert record(lab, version) == {}
@@ -293,3 +315,191 @@ async def test_verify_does_not_take_a_failed_upload_for_damage(make_lab: MakeLab
     steps = [step async for step in lab.app.verification.verify([lab.version(version)], deep=True)]
     assert [step.findings for step in steps] == [()]
     assert not damaged(lab, version, Tier.TIER2)
+
+
+async def test_a_shortage_of_descriptors_or_memory_condemns_nobody(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, **SCRUBS)
+    version = await saved(lab, persist=False)
+    really = OsFileSystem.open
+
+    def refused(self: OsFileSystem, path: AnyPath, flags: int, mode: int = 0o600) -> int:
+        if JOB in os.fspath(path):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), os.fspath(path))
+        return really(self, path, flags, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OsFileSystem, "open", refused)
+        await lab.passes(lambda: lab.events("scrubbed"), step_s=10.0)
+        with pytest.raises(OverloadedError):
+            [step async for step in lab.app.verification.verify([lab.version(version)], deep=True)]
+    assert lab.version(version).has(Tier.TIER1)
+    lack = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    partition = lab.version(version).partitions[0]
+    with pytest.raises(OverloadedError):
+        compare_block(partition, 0, Mock(side_effect=lack), memoryview(bytearray(partition.size_bytes)))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OverloadedError, match="memory for a block"):
+        patch.setattr("cairnd.upkeep.verifier.mmap.mmap", Mock(side_effect=lack))
+        block_buffer()
+
+
+async def test_a_bucket_that_does_not_answer_condemns_nobody(make_lab: MakeLab) -> None:
+    lab = await make_lab(**STILL)
+    version = await saved(lab)
+    bucket = await lab.bucket()
+    bucket.store.get = Mock(side_effect=UnavailableError("no answer"))  # type: ignore[method-assign]
+    with pytest.raises(UnavailableError):
+        [step async for step in lab.app.verification.verify([lab.version(version)], deep=False)]
+    assert lab.version(version).has(Tier.TIER2)
+
+
+async def test_damage_that_was_found_while_somebody_else_looked_is_not_acquitted(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, **STILL)
+    version = await saved(lab, persist=False)
+    looking = lab.app.verification.verify([lab.version(version)], deep=True)
+    look = lab.app.verification._look
+
+    async def looked(*arguments: Any, **options: Any) -> Any:
+        found = await look(*arguments, **options)
+        lab.app.catalog.set_damaged(lab.version(version), Tier.TIER1, "model.pt: block 0")
+        return found
+
+    lab.app.verification._look = looked  # type: ignore[method-assign]
+    assert [step.findings async for step in looking] == [()]
+    assert damaged(lab, version, Tier.TIER1)
+    lab.app.verification._look = look  # type: ignore[method-assign]
+    [step async for step in lab.app.verification.verify([lab.version(version)], deep=True)]
+    assert not damaged(lab, version, Tier.TIER1)
+
+
+async def test_damage_that_is_found_beside_other_damage_is_repaired_with_it(make_lab: MakeLab) -> None:
+    lab = await make_lab(**STILL)
+    version = await saved(lab)
+    await lab.restart(run=False)
+    await lab.app.inventory.refresh_all()
+    found = lab.version(version)
+    flip(lab.file(version, "model.pt"))
+    [step async for step in lab.app.verification.verify([found], deep=True)]
+    optim = next(item for item in found.partitions if item.path == "zero/optim.pt")
+    lab.app.verified.check(layout.partition(JOB, version, optim.path), optim)  # by a load of it alone
+    status = lab.file(version, "zero/optim.pt").stat()
+    rot(lab.file(version, "zero/optim.pt"))
+    assert lab.file(version, "zero/optim.pt").stat().st_mtime_ns == status.st_mtime_ns
+    [step async for step in lab.app.verification.verify([found], deep=True)]
+    lab.go()
+    await lab.reaches(version, Tier.TIER1)
+    assert {path: lab.file(version, path).read_bytes() for path in PARTS} == PARTS
+
+
+async def test_a_record_that_cannot_be_read_or_written_keeps_nothing_else_away(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, run=False, **STILL)
+    versions = [VersionId(1, number, "a") for number in range(1, 4)]
+    for version in versions:
+        lab.app.health._set((JOB, version), Health(passed_over="because"))
+    (lab.tier1 / layout.health(JOB, versions[0])).mkdir(parents=True)
+    with pytest.raises(CairnError):
+        await lab.app.health.settle()
+    assert all((lab.tier1 / layout.health(JOB, version)).is_file() for version in versions[1:])
+    (lab.tier1 / layout.health(JOB, versions[0])).rmdir()
+    await lab.app.health.settle()
+    (lab.tier1 / layout.health(JOB, versions[0])).with_name(".1f.tmp").write_bytes(b"")  # of a daemon that was killed
+    read = LocalTier.read_small
+
+    def refused(self: LocalTier, key: str, *limit: int) -> bytes:
+        if key == layout.health(JOB, versions[0]):
+            raise UnavailableError("input/output error")
+        return read(self, key, *limit)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalTier, "read_small", refused)
+        records, unread = read_records(lab.app.tier1)
+    assert sorted(records) == [(JOB, version) for version in versions[1:]]
+    assert unread == [layout.health(JOB, versions[0])]
+
+
+async def test_when_the_last_version_is_passed_over_the_one_before_it_reaches_tier2_too(make_lab: MakeLab) -> None:
+    lab = await make_lab(**STILL)
+    (rank,) = await Rank.launch(lab)
+    sound, marked = await rank.save(PARTS), await rank.save(PARTS)
+    lab.app.health.mark(lab.version(marked), "its loss exploded")
+    rank.leave()
+    await lab.app.persistence.request_newest(JOB)
+    for version in (marked, sound):
+        await lab.reaches(version, Tier.TIER2)
+
+
+async def test_a_bad_sector_is_damage_like_any_other(make_lab: MakeLab) -> None:
+    lab = await make_lab(**STILL)
+    version = await saved(lab)
+    await lab.restart(run=False)
+    await lab.app.inventory.refresh_all()
+    bad, really = lab.file(version, "model.pt").stat().st_ino, OsFileSystem.pread_into
+
+    def refused(self: OsFileSystem, fd: int, buffer: memoryview, offset: int) -> int:
+        if os.fstat(fd).st_ino == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return really(self, fd, buffer, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OsFileSystem, "pread_into", refused)
+        (step,) = [step async for step in lab.app.verification.verify([lab.version(version)], deep=True)][:1]
+        assert step.findings
+        lab.go()
+        await lab.reaches(version, Tier.TIER1)
+    assert lab.file(version, "model.pt").read_bytes() == PARTS["model.pt"]
+
+
+async def test_a_repair_believes_the_disk_and_not_the_page_cache(make_lab: MakeLab) -> None:
+    lab = await make_lab(**STILL)
+    version = await saved(lab)
+    await lab.restart(run=False)
+    await lab.app.inventory.refresh_all()
+    path, really = lab.file(version, "model.pt"), OsFileSystem.pread_into
+    flip(path)
+    rotten = path.stat().st_ino
+
+    def cached(self: OsFileSystem, fd: int, buffer: memoryview, offset: int) -> int:
+        if os.fstat(fd).st_ino == rotten and not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            data = PARTS["model.pt"][offset : offset + len(buffer)]
+            buffer[: len(data)] = data
+            return len(data)
+        return really(self, fd, buffer, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OsFileSystem, "pread_into", cached)
+        lab.app.catalog.set_damaged(lab.version(version), Tier.TIER1, "model.pt: block 0")  # says the scrubber
+        lab.go()
+        await lab.reaches(version, Tier.TIER1)
+    assert path.read_bytes() == PARTS["model.pt"]
+    assert lab.events("copy_quarantined")
+
+
+async def test_no_version_is_given_up_for_a_repair(make_lab: MakeLab) -> None:
+    lab = await make_lab(tier1_limit_bytes=35_000, num_of_version_in_retention=5, **STILL)
+    (rank,) = await Rank.launch(lab)
+    only_here = await rank.save({"a": bytes(10_000)})
+    both, newest = await rank.save({"a": bytes(10_000)}, persist=True), await rank.save({"a": bytes(10_000)})
+    await lab.reaches(both, Tier.TIER2)
+    await lab.reaches(newest, Tier.TIER1)
+    flip(lab.file(both, "a"))
+    lab.app.catalog.set_damaged(lab.version(both), Tier.TIER1, "a: block 0")
+    await eventually(lambda: lab.events("copy_repaired") or lab.events("repair_failed"))
+    assert lab.version(both).has(Tier.TIER1), "its bytes counted already"
+    assert lab.version(only_here).has(Tier.TIER1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalTier, "free_bytes", lambda _: 0)
+        with pytest.raises(OverloadedError):
+            await lab.app.keeper.make_room(1, JOB, deleting=False)
+    assert lab.version(only_here).has(Tier.TIER1)
+
+
+async def test_a_process_that_loads_again_and_again_has_not_died(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, pass_over_after_resumes=2, **STILL)
+    version = await saved(lab, persist=False)
+    client = lab.app.clients.connect(0, 0, 1)
+    for number in range(4):  # one that evaluates, say, or that rolls back
+        assert await lab.app.health.resume_began(client.number, lab.version(version), f"load {number}") == 0
+        lab.app.health.judge(JOB)
+    assert not lab.version(version).passed_over
+    lab.app._on_client_gone(client)
+    again = lab.app.clients.connect(0, 0, 1)
+    assert await lab.app.health.resume_began(again.number, lab.version(version), "after it died") == 1

@@ -339,3 +339,48 @@ async def test_nothing_depends_on_the_wall_clock(make_lab: MakeLab) -> None:
     await lab.app.keeper.apply(JOB)
     assert held(lab, Tier.TIER1) == held(lab, Tier.TIER2) == [4, 3]
     assert layout.version_folder(JOB, versions[3])
+
+
+async def test_at_the_byte_limit_what_is_passed_over_goes_before_the_newest_that_is_not(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, tier1_limit_bytes=25_000, num_of_version_in_retention=1)
+    (rank,) = await Rank.launch(lab)
+    sound = await rank.save({"a": bytes(10_000)})
+    lab.version(sound).pinned = True
+    marked = await rank.save({"a": bytes(10_000)})
+    lab.version(sound).pinned = False
+    lab.app.health.mark(lab.version(marked), "its loss exploded")
+    lab.app.keeper.set_floor(JOB, marked)  # agreed on before it was marked
+    assert lab.app.keeper.floor(JOB) == sound
+    assert [version.id for version in lab.app.launches.newest(JOB, Tier.TIER1)] == [sound]
+    saved_now = rank.next()
+    rank.create(saved_now)
+    rank.seal(saved_now, "a", bytes(10_000))
+    await rank.prepare(saved_now, ["a"])
+    assert held(lab, Tier.TIER1) == [sound.sequence]
+    lab.app.health.mark(lab.version(sound), "this one too")
+    assert lab.app.keeper.floor(JOB) == sound, "with nothing else left it is what a resume takes"
+
+
+async def test_what_the_daemon_asked_for_by_itself_gives_way_and_what_a_person_asked_for_does_not(
+    make_lab: MakeLab,
+) -> None:
+    lab = await make_lab(
+        run=False, tier1_limit_bytes=35_000, num_of_version_in_retention=1, capture_memory_bytes=1 << 20
+    )
+    writer = asyncio.ensure_future(lab.app.writer.run(lab.app.saves))
+    versions = []
+    for explicit in (False, True, False):
+        (rank,) = await Rank.launch(lab)  # and each launch ends while the bucket is away
+        versions.append(await rank.save({"model.pt": b"x" * 10_000}))
+        if explicit:
+            await lab.app.persistence.request(lab.version(versions[-1]))
+        await lab.app.persistence.request_newest(JOB)
+    writer.cancel()
+    await lab.restart(run=False)  # both kinds are told apart afterwards, too
+    await lab.app.keeper.make_room(10_000, JOB)
+    assert gone(lab, versions[0])
+    assert [event.version for event in lab.events("claim_lost")] == [str(versions[0])]
+    assert lab.version(versions[1]).requested_and_waiting
+    with pytest.raises(OverloadedError):
+        await lab.app.keeper.make_room(20_000, JOB)
+    assert not gone(lab, versions[1])

@@ -14,6 +14,8 @@ import pytest
 
 from cairn_api.errors import ConfigurationError, VersionError
 from cairnd import layout
+from cairnd.app import App
+from cairnd.core import Surroundings
 from cairnd.manifest import NOTE_FORMAT, NodeManifest, encode
 from cairnd.model import CopyState, Tier, VersionState
 from cairnd.tiers.filesystem import AnyPath, OsFileSystem
@@ -242,3 +244,25 @@ async def test_a_manifest_that_cannot_be_read_does_not_keep_the_others_away(kept
     assert [version.id for version in found.versions] == [older.id]
     assert [key for key, _ in found.quarantined] == [layout.version_folder(JOB, newest.id)]
     assert (JOB, newest.id) in found.unreadable, "it was saved here: nobody may be told that there is nothing"
+
+
+async def test_a_full_disk_does_not_keep_recovery_from_making_room(kept: Lab) -> None:
+    (rank,) = await Rank.launch(kept)
+    lost = rank.next()
+    await kept.close()
+    mark = kept.tier1 / layout.sealed(JOB, lost)
+    mark.parent.mkdir(parents=True)
+    mark.touch()
+
+    class Full(OsFileSystem):
+        def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+            if mark.exists():  # what recovery sweeps is what fills the disk
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().pwrite(fd, data, offset)
+
+    kept.app = App(kept.settings, {}, Surroundings(clock=kept.clock, fs=Full()))
+    await kept.start()
+    assert not mark.exists()
+    assert kept.app.health.lost(JOB) == [(JOB, lost)]
+    await kept.app.health.settle()
+    assert (kept.tier1 / layout.health(JOB, lost)).exists()

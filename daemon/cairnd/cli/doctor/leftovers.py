@@ -6,6 +6,7 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from cairn_api.names import RESERVED_NAME
@@ -107,7 +108,7 @@ def _in_tier1(subject: Subject, stored: Stored) -> Iterator[Finding]:
     temporary = [
         path.relative_to(root).as_posix()
         for path in (root / RESERVED_NAME).rglob(f".*{TEMPORARY_SUFFIX}")
-        if time.time() - path.lstat().st_mtime > _STALE_S
+        if any(time.time() - found.st_mtime > _STALE_S for found in _stats(path))
     ]
     if temporary:
         yield warning(
@@ -130,7 +131,7 @@ def _quarantine(subject: Subject) -> Iterator[Finding]:
     folder = subject.tier1 / layout.QUARANTINE
     files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
     if files:
-        size_bytes = sum(path.lstat().st_size for path in files)
+        size_bytes = sum(found.st_size for path in files for found in _stats(path))
         yield warning(
             CHECK,
             f"{count_text(len(files), 'file')} of damaged copies in {folder} ({size_text(size_bytes)})",
@@ -151,8 +152,8 @@ def _is_stale(subject: Subject, folder: Path) -> bool:
 
 def _age_s(folder: Path) -> float:
     """Seconds since anything in *folder* was written."""
-    times = [path.lstat().st_mtime for path in (folder, *folder.rglob("*"))]
-    return time.time() - max(times)
+    times = [found.st_mtime for path in (folder, *folder.rglob("*")) for found in _stats(path)]
+    return time.time() - max(times, default=time.time())
 
 
 def _listed(keys: Iterable[str], noun: str) -> str:
@@ -165,9 +166,14 @@ def _sizes(root: Path, keys: Iterable[str]) -> str:
     for key in keys:
         path = root / key
         for item in (path, *path.rglob("*")) if path.is_dir() else (path,):
-            found = item.lstat()
-            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+            total += sum(found.st_size for found in _stats(item) if stat.S_ISREG(found.st_mode))
     return size_text(total)
+
+
+def _stats(path: Path) -> Iterator[os.stat_result]:
+    """What *path* is, unless a daemon that runs has moved or removed it since it was listed."""
+    with suppress(FileNotFoundError):
+        yield path.lstat()
 
 
 def _is_socket(path: Path) -> bool:

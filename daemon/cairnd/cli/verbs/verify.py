@@ -15,6 +15,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
+from cairn_api.errors import VersionError
 from cairn_api.names import VersionId
 from cairnd.cli.documents import name_document
 from cairnd.cli.invocation import Invocation
@@ -41,6 +42,8 @@ def run(invocation: Invocation) -> int:
     with output.progress("verifying") as advance:
         totals = _Totals(invocation, advance)
         invocation.source().verify(job, text, deep=arguments.deep, report=totals.add)
+    if not totals.versions and not totals.findings:
+        raise VersionError(f"job {job!r} has no versions: nothing was verified", hint="run `cairn list`")
     steps = next_steps(invocation, job, totals.findings)
     if output.as_json:
         output.json(

@@ -48,6 +48,8 @@ class FileStore:
     def __init__(self, fs: FileSystem, root: Path) -> None:
         self._fs = fs
         self._root = root
+        self._inode: int | None = None
+        """The root's, once it was used."""
         self._capabilities = Capabilities("file", conditional_put=True, ranged_reads=True, checks_source=True)
 
     @property
@@ -246,17 +248,34 @@ class FileStore:
         return create(temporary)
 
     def _make_root(self) -> None:
+        if self._find_root():
+            return
+        existing = next(folder for folder in self._root.parents if folder.is_dir())
+        atomic.make_folders(self._fs, existing, self._root.relative_to(existing).as_posix())
+        self._find_root()
+
+    def _find_root(self) -> bool:
+        """Whether the root is there; raises :class:`UnavailableError` if it was, and is not or is another folder now.
+
+        A file system that has been unmounted leaves an empty folder, or none: what is put there is not in the bucket.
+        """
+        known = self._inode  # before the look: another thread may make it meanwhile
         with explained("look at", self._root):
             try:
                 found = self._fs.stat(self._root)
             except FileNotFoundError:
-                missing = self._root
+                inode = None
             else:
                 if not is_folder(found):
                     raise OSError(errno.ENOTDIR, "not a folder")
-                return
-        existing = next(folder for folder in missing.parents if folder.is_dir())
-        atomic.make_folders(self._fs, existing, missing.relative_to(existing).as_posix())
+                inode = found.st_ino
+        if known not in (None, inode):
+            raise UnavailableError(
+                f"the bucket's folder {self._root} is {'gone' if inode is None else 'another one'} since it was used",
+                hint="mount again what was mounted there; if the change is meant, restart cairnd",
+            )
+        self._inode = inode or self._inode
+        return inode is not None
 
     @contextmanager
     def _opened(self, source: BinarySource) -> Iterator[_Read]:
@@ -295,6 +314,8 @@ class FileStore:
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, str]]:
         """Key and last name of every file below *prefix*, temporary ones too, in no order."""
+        if self._inode is not None:
+            self._find_root()
         folders = [prefix]
         while folders:
             folder = folders.pop()
