@@ -90,7 +90,7 @@ def _judge(
         f"({time.monotonic() - start_s:.0f} s, seed {SEED})"
     )
     assert not broken, _text(broken)
-    # How many files are opened before, for reading, depends on what Python has imported by then: an openat may be missed.
+    # How many files are opened before, for reading, depends on what Python has imported by then: some are missed.
     hit = [item for item in missed if item.point.call != "openat"]
     assert not hit, [f"{item.point}: {item.missed}" for item in hit]
     assert len(missed) <= len(found) // 5, [f"{item.point}: {item.missed}" for item in missed]
