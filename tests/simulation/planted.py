@@ -21,11 +21,15 @@ from tests.simulation.disk import MountedDisk
 
 @dataclass(frozen=True, slots=True)
 class Plant:
-    """``disk``: how daemons see their disks; ``into``: what is changed in each daemon; ``patched``: in all of Cairn."""
+    """``disk``: how daemons see their disks; ``into``: what is changed in each daemon; ``patched``: in all of Cairn.
+
+    ``rot``: how often bits rot, beside the weights of all other events.
+    """
 
     disk: type[MountedDisk] = MountedDisk
     into: Callable[[Core], None] = lambda _core: None
     patched: Callable[[], AbstractContextManager[object]] = nullcontext
+    rot: int = 3
 
 
 SOUND = Plant()
@@ -102,5 +106,5 @@ PLANTS: Mapping[str, Plant] = {
     "swallowed sync error": Plant(disk=_SwallowsSyncErrors),
     "manifest first": Plant(patched=lambda: mock.patch.object(tier1_writer, "publish_version", _manifest_first)),
     "deletes too early": Plant(into=_delete_too_early),
-    "no digest at restore": Plant(into=_skip_digests),
+    "no digest at restore": Plant(into=_skip_digests, rot=30),
 }

@@ -30,7 +30,7 @@ SEEDS = proof_size(300, 1000)
 FIRST = int(os.environ.get("CAIRN_SIM_FIRST", "0"))
 ONE = os.environ.get("CAIRN_SIM_SEED", "")
 _PROCESSES = 2
-_MOST_SEEDS_TO_CATCH = 150
+_MOST_SEEDS_TO_CATCH = 300
 
 
 def seeds() -> range:

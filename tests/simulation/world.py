@@ -61,6 +61,7 @@ class World:
     """Everything that there is, for one seed."""
 
     def __init__(self, seed: int, steps: int, *, plant: Plant = SOUND, whole_trace: bool = False) -> None:
+        self._plant = plant
         self.chance = random.Random(f"cairn {seed}")  # noqa: S311 - to be repeated, not to be secret
         self.trace = Trace(whole=whole_trace)
         self.loop = SeededLoop(self.chance, self.trace)
@@ -132,7 +133,7 @@ class World:
         fates = [
             (6, self._end_launch), (6, self._arm), (4, self._cut), (4, self._kill), (3, self._bucket_outage),
             (3, self._jump_clock), (3, self._prune), (3, self._pin), (3, self._persist), (3, self._read),
-            (2, self._drain), (2, self._verify), (3, self._rot), (2, self._pause),
+            (2, self._drain), (2, self._verify), (self._plant.rot, self._rot), (2, self._pause),
         ]  # fmt: skip
         weights = [weight for weight, _ in fates]
         while self.trace.steps < self._steps:
