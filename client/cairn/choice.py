@@ -22,7 +22,7 @@ Key: TypeAlias = tuple[VersionId, str]
 """A version and the nonce of the launch that wrote it: two launches can have made the same name."""
 
 _MOST_REASONS = 5
-_NO_COPY = "no copy can be read: all are damaged, or it was lost before it reached tier 1"
+_NO_COPY = "no copy can be read"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,9 @@ import pytest
 import torch
 
 import cairn
+from cairn_api.names import VersionId
+from cairnd import layout
+from cairnd.catalog.health import Health
 from tests.daemon_process import DaemonProcess
 
 JOB = "run-7"
@@ -113,6 +116,18 @@ def test_a_record_that_cannot_be_written_keeps_nobody_from_the_next_daemon(daemo
     with _connected(daemon) as client, client.restore() or pytest.fail("nothing to restore"):
         daemon.restart()
         save(client, "step2")
+
+
+def test_a_version_that_was_lost_with_its_daemon_keeps_nobody_from_starting(tmp_path: Path) -> None:
+    lost = VersionId(1, 1, "step1")
+    record = tmp_path / "tier1" / layout.health(JOB, lost)
+    record.parent.mkdir(parents=True)
+    record.write_bytes(Health(lost=True).encode())
+    with DaemonProcess(tmp_path) as daemon, _connected(daemon) as client:
+        assert client.restore() is None, "nothing was ever durable: training begins"
+        assert str(lost) in run(daemon, "status"), "and the operator is told"
+        save(client, "step1")
+        assert str(lost) + " was captured" not in " ".join(run(daemon, "status").split())
 
 
 def _connected(daemon: DaemonProcess) -> cairn.Client:

@@ -177,7 +177,7 @@ def test_capture_memory_of_a_real_daemon(quick: Path, evidence: Evidence, figure
             with client.create(tag) as checkpoint:
                 checkpoint.save(name, state_of(tag, name))
             version = client.wait(tag, "tier1", 30)
-            (path,) = daemon.tier1_path.rglob(f"{version}/{name}")
+            path = daemon.tier1_path / layout.partition(JOB, version, name)
             data = path.read_bytes()
             (address,) = CaptureBuffers(daemon.pid).holding(data)
             CaptureBuffers(daemon.pid).write(address, media.flip_bit(random, data))

@@ -68,7 +68,7 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
             await self._catalog.wait_until(lambda: not self._unsettled(job), _SETTLE_S)
             self._health.judge(job)
             versions, claim = list(self._catalog.versions(job)), self._inventory.newest_claim(job)
-            unreadable = [*self._inventory.unreadable(job), *(version_id for _, version_id in self._health.lost(job))]
+            unreadable = self._inventory.unreadable(job)
             claim = claim if claim is not None and not claim.problem else None
             record = self._jobs.get(job)
             if record is not None and record.epoch > (claim.epoch if claim is not None else 0):
