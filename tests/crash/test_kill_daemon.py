@@ -47,9 +47,9 @@ def test_no_committed_version_is_lost(
         f"{found.reoffered:,} of them offered again, {found.rank_kills:,} deaths of ranks",
     )
     assert not found.broken
-    assert found.promised > found.kills / 2, "so few promises prove nothing"
+    assert found.promised > found.kills / 4, "so few promises prove nothing"
     assert found.loaded or fault, "nothing was resumed from"
-    assert found.reoffered > (kills / 2 if fault else 0), "so few versions offered again prove nothing"
+    assert found.reoffered > (kills / 4 if fault else 0), "so few versions offered again prove nothing"
     assert found.persisted, "nothing reached the bucket"
 
 
