@@ -63,7 +63,7 @@ class Repairer:
             if due:
                 await self._repair(due[0])
                 continue
-            await self._sleep(_LAST_RETRY_S if not waiting else _FIRST_RETRY_S)
+            await self._catalog.wait_until(self._awake.is_set, _FIRST_RETRY_S if waiting else _LAST_RETRY_S)
 
     async def _repair(self, version: Version) -> None:
         key = (version.job, version.id)
@@ -79,12 +79,3 @@ class Repairer:
             self._events.publish("copy_repaired", version.job, version.id, tier=Tier.TIER1, source=Tier.TIER2)
         else:  # it was deleted, or damaged anew, meanwhile
             self._not_before_s[key] = (self._clock.monotonic_s() + _FIRST_RETRY_S, _FIRST_RETRY_S)
-
-    async def _sleep(self, duration_s: float) -> None:
-        sleeper = asyncio.ensure_future(self._clock.sleep(duration_s))
-        waker = asyncio.ensure_future(self._awake.wait())
-        try:
-            await asyncio.wait({sleeper, waker}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            sleeper.cancel()
-            waker.cancel()

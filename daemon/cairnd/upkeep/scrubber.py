@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
-from cairn_api.errors import CairnError, OverloadedError, VersionError
+from cairn_api.errors import CairnError, VersionError
 from cairn_api.names import VersionId
 from cairnd import layout
 from cairnd.catalog.catalog import Catalog
@@ -88,9 +88,7 @@ class Scrubber:
                 self._read_s[version.job, version.id, tier] = self._clock.monotonic_s()
                 try:
                     await self._scrub(version, tier, throttle)
-                except OverloadedError:
-                    pass  # out of descriptors or memory: the copy is not at fault; its turn comes again
-                except CairnError as error:  # a bucket that does not answer, say
+                except CairnError as error:  # a bucket that does not answer, no descriptors left: not the copy's fault
                     self._metrics.stage_failures.labels("scrub").inc()
                     self._events.publish("scrub_failed", version.job, version.id, tier=tier, error=error)
             if due:
@@ -139,10 +137,10 @@ class Scrubber:
                         return ""
                     problem = await to_the_end(self._workers.run(compare_block, item, number, read, buffer))
                     if problem:
-                        return _text(item.path, problem)
+                        return Finding(version.job, version.id, tier, item.path, problem).text
                     self._metrics.stage_bytes.labels("scrub").inc(size_bytes)
         except VersionError as error:  # cut short, or gone
-            return _text(item.path, error.message)
+            return Finding(version.job, version.id, tier, item.path, error.message).text
         return ""
 
     @asynccontextmanager
@@ -158,7 +156,3 @@ class Scrubber:
             yield file.read_into
         finally:
             file.close()
-
-
-def _text(path: str, problem: str) -> str:
-    return f"{path}: {problem}".removeprefix(": ")

@@ -503,3 +503,19 @@ async def test_a_process_that_loads_again_and_again_has_not_died(make_lab: MakeL
     lab.app._on_client_gone(client)
     again = lab.app.clients.connect(0, 0, 1)
     assert await lab.app.health.resume_began(again.number, lab.version(version), "after it died") == 1
+
+
+async def test_a_bucket_folder_that_is_gone_condemns_no_copy(make_lab: MakeLab) -> None:
+    """A file system that was unmounted: nothing in it is missing, however much cannot be found."""
+    lab = await make_lab(**STILL)
+    version = await saved(lab)
+    lab.bucket_path.rename(lab.bucket_path.with_name("away"))
+    lab.bucket_path.mkdir()  # what was below the mount
+    with pytest.raises(UnavailableError, match="another one"):
+        [step async for step in lab.app.verification.verify([lab.version(version)], deep=True)]
+    store = (await lab.bucket()).store
+    key = layout.Bucket.partition(JOB, version, "model.pt")
+    for look in (lambda: store.info(key), lambda: store.get(key, 10), lambda: store.read_into(key, 0, memoryview(b""))):
+        with pytest.raises(UnavailableError, match="another one"):
+            look()
+    assert not damaged(lab, version, Tier.TIER2)

@@ -144,6 +144,7 @@ class FileStore:
             try:
                 found = self._fs.lstat(path)
             except (FileNotFoundError, NotADirectoryError):
+                self._check_root()
                 return None
         return ObjectInfo(key, found.st_size, found.st_mtime) if is_file(found) else None
 
@@ -254,6 +255,11 @@ class FileStore:
         atomic.make_folders(self._fs, existing, self._root.relative_to(existing).as_posix())
         self._find_root()
 
+    def _check_root(self) -> None:
+        """Before something is called missing: it is not, if the whole bucket is gone."""
+        if self._inode is not None:
+            self._find_root()
+
     def _find_root(self) -> bool:
         """Whether the root is there; raises :class:`UnavailableError` if it was, and is not or is another folder now.
 
@@ -304,7 +310,11 @@ class FileStore:
     def _reading(self, key: str) -> Iterator[int]:
         path = self._path(key)
         with explained("read", path):
-            fd = self._fs.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fd = self._fs.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                self._check_root()
+                raise
             try:
                 if not is_file(self._fs.fstat(fd)):
                     raise NotFoundError(f"there is no object {key} in {self._root}")
@@ -314,8 +324,7 @@ class FileStore:
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, str]]:
         """Key and last name of every file below *prefix*, temporary ones too, in no order."""
-        if self._inode is not None:
-            self._find_root()
+        self._check_root()
         folders = [prefix]
         while folders:
             folder = folders.pop()
