@@ -34,14 +34,15 @@ test: $(WARM) $(COPY_LIBRARY)  ## all tests but the fault injection (under 15 mi
 	$(PY) -m pytest tests -m "not fault" --ignore=tests/crash --ignore=tests/simulation --durations=10
 
 # What each test found is collected, printed as a table of promises, and by `make prove` written into the README.
-FAULT_TESTS = $(PY) -m pytest tests/crash tests/simulation tests/hostile --durations=10 \
-  && $(PY) -m pytest tests -m fault --ignore=tests/crash --ignore=tests/simulation --ignore=tests/hostile --durations=10
+FAULT_TESTS = $(PY) -m pytest $(PATIENT) tests/crash tests/simulation tests/hostile --durations=10 \
+  && $(PY) -m pytest $(PATIENT) tests -m fault --ignore=tests/crash --ignore=tests/simulation --ignore=tests/hostile --durations=10
 
 test-faults: $(WARM) $(COPY_LIBRARY) fault-tools  ## crash, power-cut and fault tests, sized down; without root some skip, and say so
 	@$(PY) -m tests.promises --forget
 	$(FAULT_TESTS)
 	@$(PY) -m tests.promises
 
+prove: PATIENT = -o faulthandler_timeout=0
 prove: $(WARM) $(COPY_LIBRARY) fault-tools  ## the same in full (about two hours); writes the table of promises into the README
 	@$(PY) -m tests.promises --forget
 	CAIRN_PROOF=full; export CAIRN_PROOF; { $(FAULT_TESTS); } && status=0 || status=$$?; \

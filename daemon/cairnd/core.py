@@ -166,11 +166,11 @@ class Core:
         )  # fmt: skip
         self.repairer = Repairer(self.catalog, self.keeper, self.fetcher, clock, events)
         self.scrubber = Scrubber(
-            settings, self.catalog, self._fs, self.tier1, self.storage, self._workers, clock, events, metrics,
+            settings, self.catalog, self.tier1, self.storage, self._workers, clock, events, metrics,
             location=self.replicator.location,
         )  # fmt: skip
         self.verification = Verification(
-            self.catalog, self._fs, self.tier1, self.verified, self.storage, self.health, self._workers,
+            self.catalog, self.tier1, self.verified, self.storage, self.health, self._workers,
             location=self.replicator.location,
         )  # fmt: skip
         self.drainer = Drainer(self.catalog, self.saves, self.persistence, self.replicator, clock, events)

@@ -234,7 +234,7 @@ class Rounds:
             version = Version(item.job, item.id, VersionState.COMMITTED, 1, "")
             for tier in item.tiers:
                 if tier is Tier.TIER1:
-                    found = verifier.check_tier1(self._tier1, self._fs, version, deep=True, progress=_unwatched)
+                    found = verifier.check_tier1(self._tier1, version, deep=True, progress=_unwatched)
                 else:
                     found = verifier.check_tier2(bucket, version, deep=True, progress=_unwatched)
                 problems = [f"{finding.path}: {finding.problem}" for finding in found]

@@ -64,13 +64,13 @@ class LoopDisk(Mount):
 
     def __init__(self, folder: Path, kind: str, size_bytes: int) -> None:
         super().__init__(folder / "disk")
-        self._image = folder / "disk.img"
-        with self._image.open("wb") as file:
+        self.image = folder / "disk.img"
+        with self.image.open("wb") as file:
             file.truncate(size_bytes)
-        _command(*_MAKE[kind], self._image)
+        _command(*_MAKE[kind], self.image)
 
     def mount(self) -> None:
-        _command("mount", "-o", "loop", self._image, self.path)
+        _command("mount", "-o", "loop", self.image, self.path)
 
     def cut_power(self) -> None:
         """Stop all writing at once, as a power cut would: what is not in the journal or on its place is lost."""
@@ -87,14 +87,14 @@ class LoopDisk(Mount):
         # What else holds it (a copy of the mount namespace) would have the dead file system mounted once more.
         while self._is_attached():
             if time.monotonic() > deadline_s:
-                raise OSError(f"{self._image} is still in use: see `losetup -a`, and `grep {self.path} /proc/*/mounts`")
+                raise OSError(f"{self.image} is still in use: see `losetup -a`, and `grep {self.path} /proc/*/mounts`")
             time.sleep(0.005)
         self.mount()
 
     def _is_attached(self) -> bool:
         for path in Path("/sys/block").glob("loop*/loop/backing_file"):
             with suppress(FileNotFoundError):  # detached since it was listed
-                if path.read_text().strip() == str(self._image):
+                if path.read_text().strip() == str(self.image):
                     return True
         return False
 
@@ -102,7 +102,7 @@ class LoopDisk(Mount):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
-        self._image.unlink()
+        self.image.unlink()
 
 
 class Tmpfs(Mount):

@@ -145,8 +145,7 @@ def examine(
     With *tried*, a version that no trainer began, or that lacks one of its *partitions*, is torn too; with *contents*,
     one whose tensors are not those of its tag.
     """
-    fs = OsFileSystem()
-    tier = LocalTier(fs, tier1_path)
+    tier = LocalTier(OsFileSystem(), tier1_path)
     scanned = recovery.scan(tier)
     torn = dict(scanned.quarantined)
     begun = None if tried is None else set(tried)
@@ -157,7 +156,7 @@ def examine(
         listed.append(version.id)
         problems = [
             f"{finding.path}: {finding.problem}"
-            for finding in verifier.check_tier1(tier, fs, version, deep=True, progress=lambda _: None)
+            for finding in verifier.check_tier1(tier, version, deep=True, progress=lambda _: None)
         ]
         if begun is not None:
             problems += _unlike_saved(version, begun, partitions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import secrets
 import shutil
@@ -26,6 +27,7 @@ from cairnd.upkeep import verifier
 from tests.crash import media, ranks
 from tests.crash.corruption import Figures, Rounds, command
 from tests.crash.damaged_records import RecordRounds
+from tests.crash.disks import LoopDisk, need_disks
 from tests.crash.live_damage import LiveRounds
 from tests.crash.served import CaptureBuffers, Served, state_of
 from tests.crash.small_world import FEW, World
@@ -142,7 +144,7 @@ async def test_blocks_of_a_digest_that_change_places(quick: Path, evidence: Evid
         await lab.restart(run=False)
         await lab.app.inventory.refresh(JOB)
         if tier is Tier.TIER1:
-            findings = list(verifier.check_tier1(tier1, fs, entry, deep=True, progress=lambda _: None))
+            findings = list(verifier.check_tier1(tier1, entry, deep=True, progress=lambda _: None))
         else:
             findings = list(verifier.check_tier2(bucket, entry, deep=True, progress=lambda _: None))
         steps = [step async for step in lab.app.fetcher.fetch(1, lab.version(version), ())]
@@ -161,6 +163,35 @@ def _change_large(random: Random, data: bytes) -> bytes:
         return media.swap_blocks(random, data, BLOCK_BYTES)
     at = random.choice((0, BLOCK_BYTES - 1, BLOCK_BYTES, 2 * BLOCK_BYTES, len(data) - 1, random.randrange(len(data))))
     return data[:at] + bytes([data[at] ^ 1 << random.randrange(8)]) + data[at + 1 :]
+
+
+@pytest.mark.root
+@pytest.mark.promise("corruption")
+async def test_what_rots_below_a_warm_page_cache(tmp_path: Path, evidence: Evidence) -> None:
+    """`cairn verify --deep` reads the disk: reads through the page cache go on giving what was once written."""
+    need_disks("ext4")
+    rng = Random(SEED)  # noqa: S311 - contents, not secrets
+    with LoopDisk(tmp_path, "ext4", 256 << 20) as disk:
+        lab = await Lab(disk.path / "node", capture_memory_bytes=64 << 20).start()
+        (rank,) = await Rank.launch(lab)
+        data = rng.randbytes(3_000_000)
+        version = await rank.save({"model.pt": data})
+        await lab.reaches(version, Tier.TIER1)
+        path, tier1 = lab.file(version, "model.pt"), LocalTier(OsFileSystem(), lab.tier1)
+        assert path.read_bytes() == data  # and now the page cache has it
+        with disk.image.open("r+b") as image, mmap.mmap(image.fileno(), 0) as sectors:
+            at = sectors.find(data[1 << 20 : (1 << 20) + 4096])
+            assert at >= 0, "the page is not on the disk as it was written"
+            sectors[at] ^= 1
+        assert path.read_bytes() == data, "the control: the page cache shows nothing of it"
+        entry = lab.version(version)
+        findings = list(verifier.check_tier1(tier1, entry, deep=True, progress=lambda _: None))
+        (step,) = [step async for step in lab.app.verification.verify([entry], deep=True)][:1]
+        damaged = entry.copy(Tier.TIER1).damaged
+        await lab.close()
+    evidence(tried=1, broken=not (findings and step.findings and damaged), detail="1 below a warm page cache")
+    assert [finding.path for finding in findings] == ["model.pt"]
+    assert damaged
 
 
 @pytest.mark.root

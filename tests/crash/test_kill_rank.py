@@ -117,15 +117,14 @@ def test_all_ranks_killed_right_after_commit(tmp_path: Path, trainers: Trainers,
         hold.unlink()
         ranks.wait_until(lambda: f"copy_verified {JOB}/{last} tier=tier2" in daemon.log, f"{last} is persisted", 60)
         daemon.kill9()
-        fs = OsFileSystem()
-        tier = LocalTier(fs, daemon.tier1_path)
+        tier = LocalTier(OsFileSystem(), daemon.tier1_path)
         by_id = {version.id: version for version in recovery.scan(tier).versions}
         bucket = BucketRepository(open_store(f"file://{daemon.bucket_path}", {}), recovery.identify(tier))
         versions = [by_id[id_] for id_ in (first, last) if id_ in by_id]
         findings = [
             finding
             for version in versions
-            for check in (partial(verifier.check_tier1, tier, fs), partial(verifier.check_tier2, bucket))
+            for check in (partial(verifier.check_tier1, tier), partial(verifier.check_tier2, bucket))
             for finding in check(version, deep=True, progress=lambda _: None)
         ]
         evidence(tried=2, broken=2 - len(versions) + len(findings))

@@ -97,7 +97,7 @@ class Node:
         if in_bucket:
             found = verifier.check_tier2(self._bucket, entry, deep=True, progress=lambda _: None)
         else:
-            found = verifier.check_tier1(self._tier1, self._fs, entry, deep=True, progress=lambda _: None)
+            found = verifier.check_tier1(self._tier1, entry, deep=True, progress=lambda _: None)
         return [finding.text for finding in found]
 
     def wait_until_whole(self, damaged: Damaged, *, in_bucket: bool = False) -> None:

@@ -159,7 +159,7 @@ class Tier1Versions(StoredVersions):
         """Everything was read at once: there is one folder to look through."""
 
     def _check(self, version: Version, progress: Callable[[int], None], *, deep: bool) -> Iterator[Finding]:
-        return check_tier1(self._tier1, self._fs, version, deep=deep, progress=progress)
+        return check_tier1(self._tier1, version, deep=deep, progress=progress)
 
     def _blocks(self, version: Version, partition: Partition) -> Iterator[memoryview]:
         fd = self._tier1.open_read(layout.partition(version.job, version.id, partition.path))

@@ -25,7 +25,6 @@ from cairnd.replication.bucket import BucketRepository
 from cairnd.replication.storage import Storage
 from cairnd.session.throttle import Throttle
 from cairnd.settings import Settings
-from cairnd.tiers.filesystem import FileSystem
 from cairnd.tiers.local import LocalTier
 from cairnd.upkeep.verifier import Finding, ReadBlock, block_buffer, check_tier1, check_tier2, compare_block
 from cairnd.workers import Workers, to_the_end
@@ -44,7 +43,6 @@ class Scrubber:
         self,
         settings: Settings,
         catalog: Catalog,
-        fs: FileSystem,
         tier1: LocalTier,
         storage: Storage,
         workers: Workers,
@@ -60,7 +58,6 @@ class Scrubber:
             Tier.TIER2: settings.scrub_tier2_bytes_per_s,
         }
         self._catalog = catalog
-        self._fs = fs
         self._tier1 = tier1
         self._storage = storage
         self._workers = workers
@@ -108,7 +105,7 @@ class Scrubber:
     async def _scrub(self, version: Version, tier: Tier, throttle: Throttle) -> None:
         bucket = await self._storage.bucket(self._location(version.job)) if tier is Tier.TIER2 else None
         if bucket is None:
-            quick = check_tier1(self._tier1, self._fs, version, deep=False, progress=lambda _: None)
+            quick = check_tier1(self._tier1, version, deep=False, progress=lambda _: None)
         else:
             quick = check_tier2(bucket, version, deep=False, progress=lambda _: None)
         findings: list[Finding] = await self._workers.run(list, quick)

@@ -15,7 +15,6 @@ from cairnd.catalog.health import HealthBook
 from cairnd.catalog.verified import VerifiedFiles
 from cairnd.model import Copy, CopyState, Tier, Version, VersionState
 from cairnd.replication.storage import Storage
-from cairnd.tiers.filesystem import FileSystem
 from cairnd.tiers.local import LocalTier
 from cairnd.upkeep.verifier import Finding, check_tier1, check_tier2
 from cairnd.workers import Workers
@@ -41,7 +40,6 @@ class Verification:
     def __init__(
         self,
         catalog: Catalog,
-        fs: FileSystem,
         tier1: LocalTier,
         verified: VerifiedFiles,
         storage: Storage,
@@ -51,7 +49,6 @@ class Verification:
         location: Callable[[str], str],
     ) -> None:
         self._catalog = catalog
-        self._fs = fs
         self._tier1 = tier1
         self._verified = verified
         self._storage = storage
@@ -91,7 +88,7 @@ class Verification:
         self, version: Version, tier: Tier, progress: Callable[[int], None], *, deep: bool
     ) -> list[Finding]:
         if tier is Tier.TIER1:
-            found = check_tier1(self._tier1, self._fs, version, deep=deep, progress=progress)
+            found = check_tier1(self._tier1, version, deep=deep, progress=progress)
         else:
             bucket = await self._storage.bucket(self._location(version.job))
             found = check_tier2(bucket, version, deep=deep, progress=progress)

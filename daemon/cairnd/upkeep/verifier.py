@@ -22,7 +22,6 @@ from cairnd.manifest import NodeManifest
 from cairnd.model import Partition, Tier, Version
 from cairnd.replication.bucket import BucketRepository, Verdict
 from cairnd.tiers.errors import explained, from_os_error
-from cairnd.tiers.filesystem import FileSystem, read_exactly
 from cairnd.tiers.local import LocalTier
 
 ReadBlock = Callable[[int, memoryview], None]
@@ -48,7 +47,7 @@ class Finding:
 
 
 def check_tier1(
-    tier1: LocalTier, fs: FileSystem, version: Version, *, deep: bool, progress: Callable[[int], None]
+    tier1: LocalTier, version: Version, *, deep: bool, progress: Callable[[int], None]
 ) -> Iterator[Finding]:
     """Findings about the tier 1 copy of *version*; *progress* is told bytes as they are read.
 
@@ -75,11 +74,11 @@ def check_tier1(
             if size_bytes != partition.size_bytes:
                 yield finding(partition.path, f"it has {size_bytes} bytes, the manifest says {partition.size_bytes}")
             elif deep:
-                fd = tier1.open_read(data_key)
+                file = tier1.open_uncached(data_key)  # the page cache may hold what the disk has lost
                 try:
-                    problem = _compare(partition, _reader(fs, fd), progress)
+                    problem = _compare(partition, file.read_into, progress)
                 finally:
-                    fs.close(fd)
+                    file.close()
                 if problem:
                     yield finding(partition.path, problem)
         except OverloadedError:
@@ -134,10 +133,6 @@ def _is_about_the_copy(error: CairnError) -> bool:
     """Whether *error* came of the object that was asked for, rather than of the bucket or of a shortage here."""
     cause = error.__cause__
     return isinstance(error, VersionError) or (isinstance(cause, OSError) and cause.errno in _ROT)
-
-
-def _reader(fs: FileSystem, fd: int) -> ReadBlock:
-    return lambda offset, block: read_exactly(fs, fd, block, offset)
 
 
 def _compare(partition: Partition, read: ReadBlock, progress: Callable[[int], None]) -> str:

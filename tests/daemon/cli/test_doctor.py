@@ -460,6 +460,32 @@ def test_a_bucket_folder_that_is_not_mounted(examine: Examine, place: Path) -> N
     assert not (place / "nfs").exists()
 
 
+def test_a_file_in_the_way_and_a_location_with_a_host(examine: Examine, tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(b"")
+    report = examine.at(
+        tmp_path, tier1_path=tmp_path / "disk/tier1", persistent_storage_path=f"file://{tmp_path}/disk/bucket"
+    )
+    assert report.status == 12
+    assert f"move {tmp_path}/disk away" in report.one("permissions", Level.PROBLEM, "cannot be made").fix
+    assert f"move {tmp_path}/disk away" in report.one("tier2", Level.PROBLEM, "is no folder").fix
+    (tmp_path / "disk").unlink()
+    report = examine.at(tmp_path, tier1_path=tmp_path / "disk/tier1", persistent_storage_path="file://shared/bucket")
+    assert "mount that; else install -d" in report.one("permissions", Level.PROBLEM, "nor does the folder above").fix
+    assert "file:///folder" in report.one("tier2", Level.PROBLEM, "cannot be used").fix
+
+
+@as_root
+def test_a_folder_that_is_immutable(examine: Examine, place: Path) -> None:
+    changed = subprocess.run(["chattr", "+i", place / "tier1"], capture_output=True, text=True, check=False)
+    if changed.returncode:
+        pytest.skip(f"NO IMMUTABLE FLAG HERE: {changed.stderr.strip()}")
+    try:
+        report = examine.at(place)
+    finally:
+        subprocess.run(["chattr", "-i", place / "tier1"], check=True)
+    assert "chattr -ia" in report.one("tier1.file_system", Level.PROBLEM, "no file can be made").fix
+
+
 # The daemon
 
 

@@ -50,12 +50,12 @@ def check(subject: Subject) -> Iterator[Finding]:
     if daemons_view is not None:
         yield daemons_view
     trusted = daemons_view is not None and daemons_view.level is Level.OK
-    missing = _missing_folder(subject, url)
-    if missing is not None:
-        yield missing
-        return
     try:
         store = open_store(url, {} if url.startswith("file:") else subject.settings.store_options())
+        missing = _missing_folder(subject, url)
+        if missing is not None:
+            yield missing
+            return
         next(iter(store.list(f"{RESERVED_NAME}/")), None)  # some servers would make a missing bucket when written to
         yield _probe(store, url)
         yield from _clock(store)
@@ -95,11 +95,14 @@ def _missing_folder(subject: Subject, url: str) -> Finding | None:
     folder = Path(unquote(parts.path))
     uid, gid = subject.daemon_user()
     there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        return problem(CHECK, f"{there} is no folder", f"move {there} away, or set persistent_storage_path")
     reason = blocked(there, uid, groups_of(subject, uid, gid))
     if reason:
         return problem(
             CHECK,
             f"{user_name(uid)}, as whom the daemon runs, may not write to {folder}: {reason}",
+            f"{'' if there == folder else 'if it belongs on a file system that is not mounted, mount that; else '}"
             f"install -d -m 0755 -o {uid} -g {gid} {folder}",
         )
     if there == folder:

@@ -165,11 +165,7 @@ def _probe(subject: Subject, folder: Path) -> Iterator[Finding]:
         if isinstance(error, PermissionError) and os.geteuid() != subject.daemon_user()[0]:
             yield not_permitted(FILE_SYSTEM, f"whether files can be made in {folder}")
             return
-        yield problem(
-            FILE_SYSTEM,
-            f"no file can be made in {folder}: {error.strerror}",
-            "let the daemon's user own tier1_path, on a file system that is mounted for writing and not full",
-        )
+        yield problem(FILE_SYSTEM, f"no file can be made in {folder}: {error.strerror}", _fix_of_making(folder, error))
         return
     if fd is None:
         yield ok(FILE_SYSTEM, f"not tried by writing: tier1_path is not there yet, and {folder} takes no unnamed files")
@@ -209,6 +205,14 @@ def _probe(subject: Subject, folder: Path) -> Iterator[Finding]:
             "set tier1_path to a folder on a local disk with ext4 or xfs",
         )
     yield _speed(written / write_s, sync_s)
+
+
+def _fix_of_making(folder: Path, error: OSError) -> str:
+    if error.errno == errno.EPERM:  # modes and owners give EACCES
+        return f"`lsattr -d {folder}` shows an i or an a if it is immutable: chattr -ia {folder}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free space or inodes there"
+    return "let the daemon's user own tier1_path, on a file system that is mounted for writing"
 
 
 def _speed(bytes_per_s: float, sync_s: float) -> Finding:

@@ -163,9 +163,17 @@ def _to_be_made(
     check_name: str, name: str, folder: Path, uid: int, gid: int, *, parents: bool = True
 ) -> Iterator[Finding]:
     """A folder that is not there: cairnd makes it at its start, if it may (tier 1 only directly below a folder)."""
-    above = next(parent for parent in folder.parents if parent.is_dir())
+    above = next(parent for parent in folder.parents if parent.exists())
     fix = f"install -d -m 0755 -o {uid} -g {gid} {folder}, or set {name}"
-    if not parents and above != folder.parent:
+    if above != folder.parent:
+        fix = f"if it belongs on a disk that is not mounted, mount that; else {fix}"
+    if not above.is_dir():
+        yield problem(
+            check_name,
+            f"{name} {folder} cannot be made: {above} is no folder",
+            f"move {above} away, or set {name}",
+        )
+    elif not parents and above != folder.parent:
         yield problem(check_name, f"{name} {folder} does not exist, nor does the folder above it", fix)
     elif blocked(above, uid, {gid}):
         yield problem(check_name, f"{name} {folder} does not exist and {user_name(uid)} may not make it", fix)
