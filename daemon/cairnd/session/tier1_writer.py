@@ -234,13 +234,16 @@ def publish_version(
         tier1.hand_to_group(layout.version_folder(job, version), manifest.gid, everything=True)
     if protect:
         _protect(tier1, keys)  # before the manifest: who sees that looks at once whether links to the files are safe
-    tier1.delete_tree(layout.incoming_folder(job, version))
     tier1.put_small(layout.manifest(job, version), manifest.encode())
     # From here the version exists: nothing that fails below may undo it. Who may read its manifest may read all of it.
     try:
         tier1.hand_to_group(layout.manifest(job, version), manifest.gid)
     except CairnError as error:
         log.warning("%s/%s is published, but its manifest could not be handed over: %s", job, version, error)
+    try:
+        tier1.delete_tree(layout.incoming_folder(job, version))  # not before: it tells that the version was captured
+    except CairnError as error:
+        log.warning("%s/%s is published; what was left of its save goes at the next start: %s", job, version, error)
 
 
 def _protect(tier1: LocalTier, keys: list[str]) -> None:

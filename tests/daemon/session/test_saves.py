@@ -42,6 +42,14 @@ async def test_files_are_protected_before_the_manifest_shows_them(make_lab: Make
         assert rigged.calls.index(("protect", f"{folder}/{name}")) < manifest
 
 
+async def test_that_it_was_captured_is_kept_until_the_manifest_is_there(lab: Lab) -> None:
+    lab.app.tier1._fs = rigged = RiggedFileSystem(lab.tier1)
+    (rank,) = await Rank.launch(lab)
+    version = await rank.save({"model.pt": b"weights"})
+    manifest = rigged.calls.index(("rename", layout.manifest(JOB, version)))
+    assert rigged.calls.index(("unlink", layout.sealed(JOB, version))) > manifest
+
+
 async def test_ranks_that_share_a_name_get_folders(lab: Lab) -> None:
     ranks = await Rank.launch(lab, world_size=3)
     version = ranks[0].next()
