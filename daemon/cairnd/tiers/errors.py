@@ -29,6 +29,7 @@ class UploadCancelledError(UnavailableError):
 _FREE_SPACE = "free space on this file system, or lower num_of_version_in_retention"
 _DESCRIPTORS = "raise LimitNOFILE of the daemon's unit"
 _DISK = "look at the kernel's log (dmesg) and replace the disk if it reports errors"
+_CHECK = "look at the kernel's log (dmesg); stop the daemon, unmount the file system and check it (fsck, xfs_repair)"
 _PERMISSION = "let the daemon's user own this path, on a file system mounted for writing"
 _LINK = "remove the symbolic link or the file that stands where a folder belongs"
 
@@ -40,6 +41,8 @@ _TABLE: Mapping[int, tuple[type[CairnError], str]] = {
     errno.ENOMEM: (OverloadedError, "give the daemon more memory"),
     errno.EIO: (UnavailableError, _DISK),
     errno.ENXIO: (UnavailableError, _DISK),
+    errno.EUCLEAN: (UnavailableError, _CHECK),
+    errno.EBADMSG: (UnavailableError, _CHECK),
     errno.ESTALE: (UnavailableError, "mount this file system again"),
     errno.ETIMEDOUT: (UnavailableError, "mount this file system again"),
     errno.EROFS: (ConfigurationError, _PERMISSION),
@@ -52,6 +55,19 @@ _TABLE: Mapping[int, tuple[type[CairnError], str]] = {
     errno.EFBIG: (ConfigurationError, "use a file system that holds files of this size"),
     errno.ENOENT: (NotFoundError, ""),
 }
+
+
+_ROT = (errno.EIO, errno.ENXIO, errno.EUCLEAN, errno.EBADMSG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+"""What a file system says of one file, and not of itself. EUCLEAN, EBADMSG: ext4's and xfs's own checksums differ."""
+
+
+def is_damage(error: CairnError) -> bool:
+    """Whether *error* says that what lies under a key is missing, rotten or no file, and not that nobody could look.
+
+    A lack of descriptors, memory or rights, a server that is away or a call that was cut short condemns no copy.
+    """
+    cause = error.__cause__
+    return isinstance(error, VersionError) or (isinstance(cause, OSError) and cause.errno in _ROT)
 
 
 def from_os_error(error: OSError, action: str, path: str | os.PathLike[str]) -> CairnError:

@@ -6,7 +6,6 @@ time, need no running daemon and change nothing; setting damaged copies aside is
 
 from __future__ import annotations
 
-import errno
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,20 +13,17 @@ from functools import partial
 
 from awscrt import checksums
 
-from cairn_api.errors import CairnError, OverloadedError, VersionError
+from cairn_api.errors import CairnError, OverloadedError
 from cairn_api.names import VersionId
 from cairnd import layout
 from cairnd.digests import BLOCK_BYTES
 from cairnd.manifest import NodeManifest
 from cairnd.model import Partition, Tier, Version
 from cairnd.replication.bucket import BucketRepository, Verdict
-from cairnd.tiers.errors import explained, from_os_error
+from cairnd.tiers.errors import explained, from_os_error, is_damage
 from cairnd.tiers.local import LocalTier
 
 ReadBlock = Callable[[int, memoryview], None]
-
-_ROT = (errno.EIO, errno.ENXIO, errno.EUCLEAN, errno.EBADMSG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
-"""What a folder that serves as a bucket says of one object, and not of itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +101,7 @@ def check_tier2(
             return
         manifests = bucket.committed(version.job, version.id, decision)
     except CairnError as error:
-        if not _is_about_the_copy(error):
+        if not is_damage(error):
             raise
         yield finding("", error.message)
         return
@@ -124,15 +120,9 @@ def check_tier2(
                 if problem:
                     yield finding(partition.path, problem)
         except CairnError as error:
-            if not _is_about_the_copy(error):
+            if not is_damage(error):
                 raise
             yield finding(partition.path, error.message)
-
-
-def _is_about_the_copy(error: CairnError) -> bool:
-    """Whether *error* came of the object that was asked for, rather than of the bucket or of a shortage here."""
-    cause = error.__cause__
-    return isinstance(error, VersionError) or (isinstance(cause, OSError) and cause.errno in _ROT)
 
 
 def _compare(partition: Partition, read: ReadBlock, progress: Callable[[int], None]) -> str:
