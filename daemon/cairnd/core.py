@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from copy import copy
@@ -29,6 +29,7 @@ from cairnd.clock import Clock, SystemClock
 from cairnd.events import EventLog
 from cairnd.metrics import Metrics, StoreMetrics
 from cairnd.model import CopyState, Tier, Version
+from cairnd.replication.bucket import BucketRepository
 from cairnd.replication.persist import Persistence
 from cairnd.replication.replicator import Replicator
 from cairnd.replication.storage import Storage
@@ -51,10 +52,12 @@ from cairnd.tiers.stores import open_store
 from cairnd.upkeep import room
 from cairnd.upkeep.drain import Drainer
 from cairnd.upkeep.keeper import Keeper
+from cairnd.upkeep.looking import Judge
 from cairnd.upkeep.recovery import Recovered, asked_by_itself, identify, lock, notes, open_tree, recover
 from cairnd.upkeep.repair import Repairer
 from cairnd.upkeep.scrubber import Scrubber
 from cairnd.upkeep.verification import Verification
+from cairnd.upkeep.verifier import check_tier2
 from cairnd.workers import ThreadWorkers, Workers
 
 _EXPIRY_CHECK_S = 1.0
@@ -64,6 +67,8 @@ _REQUEST_POLL_S = 30.0
 _STALE_UPLOAD_S = 24 * 3600.0
 """Longer than any upload takes: other nodes' unfinished uploads look the same as those of a daemon that was killed."""
 
+_LAST_FINDINGS_S = 5.0
+"""For what was found against versions, when the deadline of a drain may have passed."""
 _WORKER_THREADS = 16
 
 
@@ -130,7 +135,7 @@ class Core:
         )  # fmt: skip
         self.replicator = Replicator(
             self.node, self.catalog, self.jobs, self.tier1, self.verified, self.storage, self._workers, clock, events,
-            metrics, concurrency=settings.upload_concurrency, on_damaged=self._on_damaged,
+            metrics, concurrency=settings.upload_concurrency, check=_read_all, on_damaged=self._on_damaged,
             on_failed=self._on_persist_failed,
             on_persisted=self._on_persisted,
         )  # fmt: skip
@@ -161,16 +166,17 @@ class Core:
         self.memory_copies = MemoryCopies(self.catalog, self.memory, self.hashing, self.verified, self._workers)
         self.fetcher = Fetcher(
             self.node, self.catalog, self.leases, self.memory, self.memory_copies, self.tier1, self.verified,
-            self.storage, self._workers, events, metrics, location=self.replicator.location,
-            make_room=self.keeper.make_room, concurrency=settings.upload_concurrency, locks=locks,
+            self.storage, self._workers, events, location=self.replicator.location, make_room=self.keeper.make_room,
+            concurrency=settings.upload_concurrency, locks=locks, protect=settings.protect_files,
         )  # fmt: skip
         self.repairer = Repairer(self.catalog, self.keeper, self.fetcher, clock, events)
+        judge = Judge(self.catalog, self.verified, is_deleting=self.keeper.is_deleting)
         self.scrubber = Scrubber(
-            settings, self.catalog, self.tier1, self.storage, self._workers, clock, events, metrics,
+            settings, self.catalog, self.tier1, self.storage, self._workers, clock, events, metrics, judge,
             location=self.replicator.location,
         )  # fmt: skip
         self.verification = Verification(
-            self.catalog, self.tier1, self.verified, self.storage, self.health, self._workers,
+            self.catalog, self.tier1, self.storage, self.health, self._workers, judge,
             location=self.replicator.location,
         )  # fmt: skip
         self.drainer = Drainer(self.catalog, self.saves, self.persistence, self.replicator, clock, events)
@@ -183,7 +189,6 @@ class Core:
         if complaint:
             self.events.publish("tier1_has_no_room", reason=complaint)  # `cairn status` shows it as long as it holds
         recovered = await self._disk.run(recover, self.tier1)
-        await self._disk.run(self.tier1.delete_tree, layout.FETCHED)
         self._take_in(recovered)
         return recovered
 
@@ -205,8 +210,10 @@ class Core:
         left: tuple[Version, ...] = ()
         async for report in self.drainer.drain(self.settings.drain_timeout_s):
             left = report.versions
-        with suppress(CairnError):  # what could not be written is found, or counted, again
-            await self.health.settle()
+        # What could not be written is found, or counted, again; a disk that hangs must not hold up the end.
+        with suppress(CairnError, TimeoutError):
+            async with asyncio.timeout(_LAST_FINDINGS_S):
+                await self.health.settle()
         return list(left)
 
     async def give_up(self) -> None:
@@ -239,8 +246,15 @@ class Core:
             self.health.note_lost(job, version_id)
         for key, why in recovered.quarantined:
             self.health.note_missing(*layout.version_of(key), f"its manifest was damaged: {why}")
-            self.events.publish("manifest_quarantined", key=key, reason=why)
+            if key not in recovered.left_alone:
+                self.events.publish("manifest_quarantined", key=key, reason=why)
             self.metrics.verify_failures.labels(Tier.TIER1).inc()
+        for key, error in recovered.left_alone.items():
+            self.events.publish("recovery_failed", key=key, error=error)
+            self.left_alone.append(
+                f"{key} in tier 1 was left alone at the start, and nothing in it is used: "
+                f"{error.message.rstrip('.')}; {error.hint or 'look at it'}; the next start of cairnd tries again"
+            )
         self.inventory.note_unreadable(recovered.unreadable)
         for key in self.jobs.load():
             self.left_alone.append(f"the job record {key} is damaged; the job's next launch writes it anew")
@@ -251,9 +265,9 @@ class Core:
                 self.events.publish(
                     "copy_failed", version.job, version.id, tier=Tier.TIER1, error=version.copy(Tier.TIER1).error
                 )
-        for job, version_id in notes(self.tier1, layout.PINS):
+        for job, version_id in sorted(notes(self.tier1, layout.PINS)):
             self._mark(job, version_id, "pinned")
-        for job, version_id in notes(self.tier1, layout.REQUESTS):
+        for job, version_id in sorted(notes(self.tier1, layout.REQUESTS)):
             self._mark(job, version_id, "requested")
             if asked_by_itself(self.tier1, job, version_id):
                 self._mark(job, version_id, "by_itself")
@@ -368,3 +382,9 @@ class Core:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self.events.publish("defect", error=repr(task.exception()))
+
+
+def _read_all(bucket: BucketRepository, version: Version, progress: Callable[[int], None]) -> Iterator[tuple[str, str]]:
+    """What is wrong with a version's copy in the bucket, by path; reads every byte. Blocks."""
+    for finding in check_tier2(bucket, version, deep=True, progress=progress):
+        yield finding.path, finding.problem

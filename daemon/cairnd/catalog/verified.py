@@ -10,13 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from cairn_api.errors import CairnError, OverloadedError, VersionError
+from cairn_api.errors import CairnError, VersionError
 from cairnd.catalog.hashing import Hashing, Progress
 from cairnd.clock import Clock
 from cairnd.digests import Digest
 from cairnd.metrics import Metrics
 from cairnd.model import Partition
-from cairnd.tiers.errors import explained
+from cairnd.tiers.errors import explained, is_damage
 from cairnd.tiers.filesystem import FileSystem
 from cairnd.tiers.local import FileIdentity, LocalTier
 
@@ -63,6 +63,7 @@ class VerifiedFiles:
     ) -> None:
         """Raise :class:`DamagedError` unless the file's bytes match the partition's digest.
 
+        Raises what else keeps it from reading the file: that says nothing about its bytes.
         *progress* is called with the bytes read so far, now and then while a file is hashed, and *digested* when it is.
         """
         expected = partition.digest
@@ -77,9 +78,9 @@ class VerifiedFiles:
             if identity.size_bytes == expected.size_bytes:
                 with self.timed(identity.size_bytes, digested):
                     found = self._digest(key, expected.size_bytes, progress)
-        except OverloadedError:
-            raise  # no descriptors, no memory: nothing is wrong with the file
         except CairnError as error:
+            if not is_damage(error):
+                raise  # no descriptors, no memory, no rights: nothing is known to be wrong with the file
             raise self._damaged(key, str(error)) from error
         if found is None:
             raise self._damaged(key, f"it has {identity.size_bytes} bytes, the manifest says {expected.size_bytes}")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from cairn_api.errors import ConfigurationError, VersionError
+from cairn_api.errors import CairnError, ConfigurationError, VersionError
 from cairn_api.names import VersionId, parse_version
 from cairnd import layout
 from cairnd.catalog.catalog import Catalog
@@ -28,7 +28,8 @@ from cairnd.tiers.filesystem import OsFileSystem
 from cairnd.tiers.local import LocalTier
 from cairnd.tiers.stores import open_store
 from cairnd.upkeep import recovery
-from cairnd.upkeep.verifier import Finding, check_tier1, check_tier2
+from cairnd.upkeep.looking import Unseen
+from cairnd.upkeep.verifier import Finding, GoneError, check_tier1, check_tier2
 
 _READER = "0" * 32
 """The node id of a process that never writes."""
@@ -58,6 +59,8 @@ class StoredVersions:
         self._catalog = Catalog(clock, EventLog(clock))
         self._damaged: list[Finding] = []
         """Versions whose records cannot be believed: they are not in the catalog."""
+        self._left_alone: dict[tuple[str, VersionId], CairnError] = {}
+        """Versions whose records nobody could read: they are not in the catalog either."""
         self._warnings: list[str] = []
         """What else of the jobs that were read cannot be believed."""
 
@@ -78,6 +81,11 @@ class StoredVersions:
                 for finding in self._damaged
                 if finding.job == name
             ]
+            warnings += [
+                f"{name}/{version_id} is not listed: it could not be looked at: {error.message}"
+                for (owner, version_id), error in self._left_alone.items()
+                if owner == name
+            ]
         return Listing(found, warnings + self._warnings, knows_tier2=self.tier is Tier.TIER2)
 
     def describe(self, job: str, text: str) -> Version:
@@ -87,22 +95,35 @@ class StoredVersions:
     def verify(self, job: str, text: str | None, *, deep: bool, report: Callable[[Check], None]) -> None:
         self._load(job)
         damaged = [item for item in self._damaged if item.job == job and text in (None, str(item.id))]
+        unseen = Unseen()
+        left_alone = {name: error for (owner, name), error in self._left_alone.items() if owner == job}
         versions = list(self._catalog.versions(job))
         if text is not None:
-            versions = [] if damaged else [self._catalog.find(job, text)]
+            versions = [] if damaged or text in map(str, left_alone) else [self._catalog.find(job, text)]
         total = sum(version.size_bytes for version in versions) if deep else 0
         state = Check(0, total, len(damaged), len(damaged), tuple(damaged))
         report(state)
         for version in versions:
             begun = state = replace(state, findings=())
+            silence = unseen.given_up(self.tier)
+            if silence is not None:
+                unseen.note(version.id, self.tier, self.tier, silence)
+                continue
 
             def read(count_bytes: int) -> None:
                 nonlocal state
                 state = replace(state, done_bytes=state.done_bytes + count_bytes)
                 report(state)
 
-            for finding in self._check(version, read, deep=deep):
-                report(replace(state, findings=(finding,)))
+            try:
+                for finding in self._check(version, read, deep=deep):
+                    report(replace(state, findings=(finding,)))
+            except GoneError:
+                continue
+            except CairnError as failure:
+                unseen.note(version.id, self.tier, self.tier, failure)
+                continue
+            unseen.seen(self.tier)
             state = replace(
                 state,
                 done_bytes=begun.done_bytes + (version.size_bytes if deep else 0),
@@ -110,6 +131,10 @@ class StoredVersions:
                 copies_checked=begun.copies_checked + 1,
             )
             report(state)
+        for name, error in left_alone.items():
+            if text in (None, str(name)):
+                unseen.note(name, self.tier, self.tier, error)
+        unseen.tell()
 
     @contextmanager
     def reading(self, version: Version, progress: Callable[[int, int], None]) -> Iterator[Blocks]:
@@ -151,15 +176,21 @@ class Tier1Versions(StoredVersions):
         for folder, problem in found.quarantined:
             _, job, name = folder.split("/")
             self._damaged.append(Finding(job, parse_version(name), Tier.TIER1, "", problem))
+        self._left_alone = {layout.version_of(folder): error for folder, error in found.left_alone.items()}
 
     def jobs(self) -> list[str]:
-        return sorted({*self._catalog.jobs(), *(finding.job for finding in self._damaged)})
+        damaged = {finding.job for finding in self._damaged}
+        return sorted({*self._catalog.jobs(), *damaged, *(job for job, _ in self._left_alone)})
 
     def _load(self, job: str) -> None:
         """Everything was read at once: there is one folder to look through."""
 
     def _check(self, version: Version, progress: Callable[[int], None], *, deep: bool) -> Iterator[Finding]:
-        return check_tier1(self._tier1, version, deep=deep, progress=progress)
+        for finding in check_tier1(self._tier1, version, deep=deep, progress=progress):
+            # Without its manifest it does not exist any more: the daemon deletes that before the data.
+            if not self._tier1.exists(layout.manifest(version.job, version.id)):
+                raise GoneError(f"{version} was deleted while it was looked at", hint="choose another version")
+            yield finding
 
     def _blocks(self, version: Version, partition: Partition) -> Iterator[memoryview]:
         fd = self._tier1.open_read(layout.partition(version.job, version.id, partition.path))

@@ -9,7 +9,7 @@ All methods block and are called from worker threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -30,7 +30,7 @@ from cairnd.manifest import (
     number,
     text,
 )
-from cairnd.tiers.errors import NotFoundError
+from cairnd.tiers.errors import NotFoundError, is_damage
 from cairnd.tiers.object_store import ObjectInfo, ObjectStore
 
 _SMALL_BYTES = 1024 * 1024
@@ -79,8 +79,10 @@ class BucketRepository:
 
     def __init__(self, store: ObjectStore, node: str) -> None:
         self.store = store
-        self._node = node
+        self.node = node
         self._read_before: dict[str, tuple[ObjectInfo, Decision]] = {}
+        self._swept: dict[str, dict[str, Verdict]] = {}
+        """By job and version's name: such keys are for ever and never change, so of each there is no more than this."""
         self._claims: dict[str, EpochClaim] = {}
 
     def sweep_uploads(self, older_than_s: float) -> int:
@@ -93,28 +95,44 @@ class BucketRepository:
         """Jobs that have anything here; foreign folders are passed over."""
         return [name for name in self.store.list_folders("") if _is_valid(check_job, name)]
 
-    def decisions(self, job: str) -> dict[VersionId, Decision]:
-        """All decisions of *job*; one that cannot be believed is ``DAMAGED``, with the ``problem`` in its document."""
-        prefix = Keys.decisions(job)
+    def decisions(self, job: str, *, swept: Callable[[VersionId], bool] = lambda _: True) -> dict[VersionId, Decision]:
+        """All decisions of *job*; one that cannot be believed is ``DAMAGED``, with the ``problem`` in its document.
+
+        Of those that are swept, which a job gathers all its life, only the ones that *swept* asks for.
+        """
+        prefix, before = Keys.decisions(job), self._swept.setdefault(job, {})
         found = {}
         for info in self.store.list(prefix):
             name = info.key.removeprefix(prefix).removesuffix(".json")
-            if _is_valid(parse_version, name):
-                version = parse_version(name)
-                listed, decision = self._read_before.get(info.key, (None, None))
-                if listed != info or decision is None:
-                    decision = self._believed(job, version)
-                if decision is not None:
-                    if decision.swept:  # these are for ever, and nothing but this is asked of them
-                        decision = _SWEPT[decision.verdict]
-                    found[version] = decision
-                    self._read_before[info.key] = (info, decision)
+            if not _is_valid(parse_version, name):
+                continue
+            version, decision = parse_version(name), None
+            if name not in before:
+                decision = self._read_decision(job, version, info)
+                if decision is not None and decision.swept:
+                    before[name] = decision.verdict
+                    self._read_before.pop(info.key, None)
+            if name in before:
+                decision = _SWEPT[before[name]] if swept(version) else None
+            if decision is not None:
+                found[version] = decision
         return found
+
+    def _read_decision(self, job: str, version: VersionId, info: ObjectInfo) -> Decision | None:
+        listed, decision = self._read_before.get(info.key, (None, None))
+        if listed != info or decision is None:
+            decision = self._believed(job, version)
+        # What was damaged is not kept: a disk may read next time what it could not read now.
+        if decision is not None and decision.verdict is not Verdict.DAMAGED:
+            self._read_before[info.key] = (info, decision)
+        return decision
 
     def _believed(self, job: str, version: VersionId) -> Decision | None:
         try:
             return self.decision(job, version)
-        except VersionError as error:
+        except CairnError as error:
+            if not is_damage(error):
+                raise
             return Decision(Verdict.DAMAGED, {"problem": f"{error.message}; {_UNDECIDABLE}"})
 
     def decision(self, job: str, version: VersionId) -> Decision | None:
@@ -254,7 +272,9 @@ class BucketRepository:
             if claim is None:
                 try:
                     claim = self._claims[info.key] = self._claim(info.key)
-                except VersionError as error:
+                except CairnError as error:
+                    if not is_damage(error):
+                        raise
                     claim = EpochClaim(int(name), "", 0, None, f"{error.message}; {_UNCLAIMED}")
             claims.append(claim)
         return sorted(claims, key=lambda claim: claim.epoch, reverse=True)
@@ -299,7 +319,7 @@ class BucketRepository:
 
     def pin(self, job: str, version: VersionId, reason: str) -> None:
         """Exempt a version from retention in every tier."""
-        self.store.put(Keys.pin(job, version), encode({"format": NOTE_FORMAT, "reason": reason, "node": self._node}))
+        self.store.put(Keys.pin(job, version), encode({"format": NOTE_FORMAT, "reason": reason, "node": self.node}))
 
     def unpin(self, job: str, version: VersionId) -> None:
         """End the exemption."""

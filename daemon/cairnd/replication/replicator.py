@@ -25,13 +25,17 @@ from cairnd.manifest import NodeManifest
 from cairnd.metrics import Metrics
 from cairnd.model import CopyState, Partition, Tier, Version, VersionState
 from cairnd.replication.bucket import BucketRepository, EpochClaim, Verdict
+from cairnd.replication.read_back import Check, ReadBack
 from cairnd.replication.storage import Storage
+from cairnd.tiers.errors import UploadCancelledError
 from cairnd.tiers.local import LocalTier
 from cairnd.tiers.object_store import BinarySource
 from cairnd.workers import Workers
 
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 60.0
+_LAST_REPAIR_S = 3600.0
+"""Until a bucket that spoils what it is given is given it once more."""
 _CLAIM_PATIENCE_S = 10.0
 _OTHER_NODES_S = 2.0
 _UPLOAD_DEADLINE_S = 6 * 3600.0
@@ -70,6 +74,7 @@ class Replicator:
         metrics: Metrics,
         *,
         concurrency: int,
+        check: Check,
         on_damaged: Callable[[Version, DamagedError], None],
         on_failed: Callable[[Version, CairnError], None],
         on_persisted: Callable[[Version], None],
@@ -91,6 +96,8 @@ class Replicator:
         self._awake = asyncio.Event()
         self._pace: dict[tuple[str, VersionId], _Pace] = {}
         self._waiting_since_s: dict[tuple[str, VersionId], float] = {}
+        self._read_back = ReadBack(catalog, workers, check)
+        self._reading: set[tuple[str, VersionId]] = set()
         self._cancel = threading.Event()
         self.running: Version | None = None
 
@@ -136,17 +143,19 @@ class Replicator:
 
     async def run(self) -> None:
         """Persist what waits, for ever. A version that fails is tried again later; the others go on."""
-        while True:
-            self._awake.clear()
-            self._show()
-            now_s = self._clock.monotonic_s()
-            paced = [(self._pace.setdefault((v.job, v.id), _Pace()), v) for v in self.backlog()]
-            ready = [version for pace, version in paced if pace.not_before_s <= now_s]
-            if ready:
-                await self._try(ready[0])
-                continue
-            pause_s = min((pace.not_before_s - now_s for pace, _ in paced), default=_LAST_RETRY_S)
-            await self._sleep(max(pause_s, 0.0))
+        async with asyncio.TaskGroup() as group:  # reading back takes long, and holds up no newer version
+            while True:
+                self._awake.clear()
+                self._show()
+                now_s = self._clock.monotonic_s()
+                waiting = [version for version in self.backlog() if (version.job, version.id) not in self._reading]
+                paced = [(self._pace.setdefault((v.job, v.id), _Pace()), v) for v in waiting]
+                ready = [version for pace, version in paced if pace.not_before_s <= now_s]
+                if ready:
+                    await self._try(ready[0], group)
+                    continue
+                pause_s = min((pace.not_before_s - now_s for pace, _ in paced), default=_LAST_RETRY_S)
+                await self._sleep(max(pause_s, 0.0))
 
     async def _sleep(self, duration_s: float) -> None:
         sleeper = asyncio.ensure_future(self._clock.sleep(duration_s))
@@ -157,7 +166,7 @@ class Replicator:
             sleeper.cancel()
             waker.cancel()
 
-    async def _try(self, version: Version) -> None:
+    async def _try(self, version: Version, group: asyncio.TaskGroup) -> None:
         pace = self._pace[version.job, version.id]
         url, started_s = self.location(version.job), self._clock.monotonic_s()
         self.running = version
@@ -176,16 +185,48 @@ class Replicator:
                 if error.kind is not ErrorKind.RETRY and version.copy(Tier.TIER2).error != str(error):
                     self._on_failed(version, error)
                 self._catalog.set_copy(version, Tier.TIER2, state, str(error))
-            pace.not_before_s = self._clock.monotonic_s() + pace.delay_s
-            pace.delay_s = min(pace.delay_s * 2, _LAST_RETRY_S)
+            self._put_off(pace, _LAST_RETRY_S)
             return
         finally:
             self.running = None
         self._storage.note_answer(url)
+        damaged = version.copy(Tier.TIER2).damaged
         if not visible:
-            pace.not_before_s = self._clock.monotonic_s() + _OTHER_NODES_S
+            pace.not_before_s = self._clock.monotonic_s() + (_LAST_RETRY_S if damaged else _OTHER_NODES_S)
             return
         seconds = self._clock.monotonic_s() - started_s
+        if damaged:
+            self._reading.add((version.job, version.id))
+            group.create_task(self._acquit(version, url, pace, seconds))
+        else:
+            self._arrived(version, seconds)
+
+    def _put_off(self, pace: _Pace, longest_s: float) -> None:
+        pace.not_before_s = self._clock.monotonic_s() + pace.delay_s
+        pace.delay_s = min(pace.delay_s * 2, longest_s)
+
+    async def _acquit(self, version: Version, url: str, pace: _Pace, seconds: float) -> None:
+        """Believe a copy that was found damaged, and uploaded again, when all of it was read back."""
+        try:
+            bucket = await self._storage.bucket(url)
+            whole = await self._read_back.read(version, bucket, self._go_on)
+        except CairnError as error:
+            whole = False
+            self._storage.note_failure(url, error)
+            self._metrics.stage_failures.labels("tier2_upload").inc()
+        finally:
+            self._reading.discard((version.job, version.id))
+        if whole:
+            self._arrived(version, seconds)
+        else:
+            self._put_off(pace, _LAST_RETRY_S if self._read_back.is_sent(version) else _LAST_REPAIR_S)
+        self.wake()
+
+    def _go_on(self, _size_bytes: int) -> None:
+        if self._cancel.is_set():
+            raise UploadCancelledError("reading back what was uploaded was cancelled")
+
+    def _arrived(self, version: Version, seconds: float) -> None:
         self._pace.pop((version.job, version.id), None)
         self._metrics.stage_seconds.labels("tier2_upload").observe(seconds)
         self._metrics.stage_bytes.labels("tier2_upload").inc(version.size_bytes)
@@ -197,13 +238,15 @@ class Replicator:
         self._on_persisted(version)
 
     async def _persist(self, version: Version, url: str) -> bool:
-        """Upload and decide; False if other nodes' parts are still missing."""
+        """Upload and decide; False if other nodes' parts are still missing, or damaged."""
         bucket = await self._storage.bucket(url)
         await self._ensure_claim(version, bucket)
         decision = await self._workers.run(bucket.decision, version.job, version.id)
         manifest = NodeManifest.of(version, self._node, version.partitions)
         # A copy that failed may have failed because the bucket's bytes rotted: sending them again repairs it.
+        # Not if only other nodes can: then this one's part has been sent again since.
         again = version.copy(Tier.TIER2).state is CopyState.FAILED or version.copy(Tier.TIER2).damaged
+        again = again and not self._read_back.is_sent(version)
         wanted = decision is None or (decision.verdict is Verdict.COMMITTED and again)
         if wanted and (again or not await self._workers.run(bucket.has_manifest, manifest)):
             self._catalog.set_copy(version, Tier.TIER2, CopyState.COPYING)
@@ -221,6 +264,8 @@ class Replicator:
                 f"{version} is {decision.verdict} in the bucket",
                 hint="a later launch of the job fenced it off, or it was deleted there; tier 1 still has it",
             )
+        if version.copy(Tier.TIER2).damaged:
+            return await self._read_back.is_due(version, bucket)
         if again:
             await self._workers.run(bucket.committed, version.job, version.id, decision)  # what it needs to be read
         return True

@@ -6,55 +6,33 @@ a proper copy. Only when no copy of a partition can be believed does a fetch fai
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from awscrt import checksums
-
-from cairn_api.errors import CairnError, OverloadedError, UnavailableError, VersionError
+from cairn_api.errors import CairnError, VersionError
 from cairnd import layout
 from cairnd.catalog.catalog import Catalog
 from cairnd.catalog.leases import Lease, Leases
-from cairnd.catalog.verified import DamagedError, VerifiedFiles
-from cairnd.digests import BLOCK_BYTES
+from cairnd.catalog.verified import VerifiedFiles
 from cairnd.events import EventLog
-from cairnd.manifest import NodeManifest
-from cairnd.metrics import Metrics
-from cairnd.model import CopyState, Partition, Tier, Version, VersionState
-from cairnd.replication.bucket import BucketRepository
+from cairnd.model import Partition, Tier, Version, VersionState
 from cairnd.replication.storage import Storage
 from cairnd.restore import pace
+from cairnd.restore.downloads import Downloads
 from cairnd.restore.memory_copies import MemoryCopies
 from cairnd.restore.pace import Meter, as_they_end
 from cairnd.restore.partials import KeyLocks, Partials
-from cairnd.session.memory import CaptureMemory, Segment
+from cairnd.restore.tier1_copies import Fetched, Tier1Copies, folder_of
+from cairnd.session.memory import CaptureMemory
 from cairnd.tiers.local import LocalTier
-from cairnd.upkeep.recovery import quarantine
-from cairnd.upkeep.verifier import block_buffer, compare_block
 from cairnd.workers import Workers, to_the_end
 
 _SETTLE_S = 600.0
 
 NO_CLIENT = 0
 """Holds the leases of the daemon's own work; clients are numbered from 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """A verified partition, ready to be opened: in ``segment``, or as the tier 1 file ``key``.
-
-    ``origin`` is the tier that its bytes came from; what came from tier 2 is opened in tier 1.
-    """
-
-    path: str
-    tier: Tier
-    size_bytes: int
-    segment: Segment | None = None
-    key: str = ""
-    origin: Tier = Tier.TIER1
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +49,7 @@ class Progress:
 
 
 class Fetcher:
-    """Serves all fetches of this daemon; two fetches of one partition share one download."""
+    """Serves all fetches of this daemon, and its repairs; two that want one partition share one download."""
 
     def __init__(
         self,
@@ -85,29 +63,27 @@ class Fetcher:
         storage: Storage,
         workers: Workers,
         events: EventLog,
-        metrics: Metrics,
         *,
         location: Callable[[str], str],
         make_room: Callable[..., Awaitable[None]],
         concurrency: int,
         locks: KeyLocks,
+        protect: bool,
     ) -> None:
-        self._node = node
         self._catalog = catalog
         self._leases = leases
         self._memory = memory
         self._memory_copies = memory_copies
         self._tier1 = tier1
         self._verified = verified
-        self._storage = storage
-        self._workers = workers
         self._events = events
-        self._metrics = metrics
-        self._location = location
-        self._make_room = make_room
-        self._slots = asyncio.Semaphore(concurrency)
         self._locks = locks
-        self._partials = Partials(catalog, leases, tier1, verified, self._locks, workers, events)
+        self._partials = Partials(catalog, leases, tier1, verified, locks, workers, events)
+        downloads = Downloads(tier1, verified, storage, workers, make_room=make_room, concurrency=concurrency)
+        self._tier1_copies = Tier1Copies(
+            node, catalog, tier1, verified, downloads, self._partials, locks, workers, events,
+            location=location, protect=protect,
+        )  # fmt: skip
 
     async def fetch(
         self, client: int, version: Version, paths: Sequence[str], *, source: str = ""
@@ -115,7 +91,8 @@ class Fetcher:
         """Make *paths* (all partitions if empty) of *version* readable here; yields progress, the last one with all.
 
         Raises :class:`VersionError` when a partition has no intact copy, :class:`UnavailableError` when the tier that
-        has it does not answer. The lease is given up on failure.
+        has it does not answer or tier 1 takes no file, :class:`OverloadedError` when it has no room. The lease is given
+        up on failure.
         """
         meter = Meter(self._select(version, paths))
         with self._partials.fetching(version):
@@ -126,16 +103,16 @@ class Fetcher:
                 partitions = self._select(version, paths)
                 meter = Meter(partitions)
                 yield Progress(0, meter.total_bytes, lease.name)
-                await self._partials.wait(_folder(version, source))
+                await self._partials.wait(folder_of(version, source))
                 bring = [self._bring(lease, version, item, source, meter) for item in partitions]
                 async with aclosing(as_they_end(bring, meter.give_up)) as steps:
                     async for fetched in steps:
                         tier = fetched.origin if fetched is not None else None
                         yield Progress(meter.done_bytes, meter.total_bytes, lease.name, tier=tier)
-                async with aclosing(as_they_end([self._adopt(version, source)], meter.give_up)) as beats:
+                ready = tuple(item for item in lease.partitions.values() if isinstance(item, Fetched))
+                async with aclosing(as_they_end([self._adopt(version, source, ready)], meter.give_up)) as beats:
                     async for _ in beats:
                         yield Progress(meter.done_bytes, meter.total_bytes, lease.name)
-                ready = tuple(item for item in lease.partitions.values() if isinstance(item, Fetched))
                 yield Progress(
                     meter.total_bytes, meter.total_bytes, lease.name, ready,
                     digested_bytes=meter.digested_bytes, digest_s=meter.digest_s,
@@ -147,49 +124,23 @@ class Fetcher:
     async def remake(self, version: Version) -> None:
         """Make a damaged tier 1 copy whole again from tier 2; what is damaged is moved to the quarantine folder.
 
-        Raises as :meth:`fetch` does.
+        Does nothing when the copy is no longer damaged, or wanted. Raises as :meth:`fetch` does.
         """
-        meter = Meter(version.partitions)
         with self._partials.fetching(version):
-            lease = self._leases.take(NO_CLIENT, version.job, version.id)
+            # Before the lease: whoever deletes the copy already must not find the other tier's protected by it.
+            await self._partials.wait(folder_of(version, ""))
+            damaged = version.copy(Tier.TIER1).damaged and version.has(Tier.TIER2) and version.restorable
+            if not damaged or self._catalog.get(version.job, version.id) is not version:
+                return
+            lease, meter = self._leases.take(NO_CLIENT, version.job, version.id), Meter(version.partitions)
             try:
-                await self._partials.wait(_folder(version, ""))
-                for partition in version.partitions:
-                    await self._read_anew(version, partition)
-                    await self._on_disk(version, partition, meter, again=True)
-                await self._adopt(version, "")
+                made = [
+                    await self._tier1_copies.bring(version, partition, meter, repairing=True)
+                    for partition in version.partitions
+                ]
+                await self._tier1_copies.adopt(version, [item.key for item in made])
             finally:
                 self.end(lease)
-
-    async def _read_anew(self, version: Version, partition: Partition) -> None:
-        """Believe the disk of *partition*, not the page cache: that may hold what was read before the disk failed."""
-        key = layout.partition(version.job, version.id, partition.path)
-        async with self._locks.hold(key):
-            problem = await to_the_end(self._workers.run(self._compare, key, partition))
-            if problem:
-                error = DamagedError(f"tier 1 copy {key} is damaged: {problem}")
-                await self._set_aside(version, key, error)
-
-    def _compare(self, key: str, partition: Partition) -> str:
-        """What is wrong on disk with a file that is there; empty if nothing. Blocks."""
-        assert partition.digest is not None, "what is made again is digested"
-        try:
-            file = self._tier1.open_uncached(key)
-        except OverloadedError:
-            raise
-        except CairnError:
-            return ""  # not there, or no file: who reads it next deals with that
-        try:
-            buffer = block_buffer()
-            for number in range(len(partition.digest.blocks)):
-                problem = compare_block(partition, number, file.read_into, buffer)
-                if problem:
-                    return problem
-        except VersionError as error:  # it is cut short
-            return error.message
-        finally:
-            file.close()
-        return ""
 
     def is_near(self, version: Version, paths: Sequence[str]) -> bool:
         """Whether all of *paths* is here and was verified, so that a fetch of it neither waits nor reads.
@@ -273,64 +224,9 @@ class Fetcher:
 
     async def _near(self, version: Version, partition: Partition, source: str, meter: Meter) -> Fetched:
         if source:
-            return await self._from_source(version, partition, source, meter)
-        return await self._from_memory(version, partition, meter) or await self._on_disk(version, partition, meter)
-
-    async def _on_disk(self, version: Version, partition: Partition, meter: Meter, *, again: bool = False) -> Fetched:
-        """*again*: nobody waits for it, so no version is given up for its place."""
-        failures: list[str] = []
-        key = layout.partition(version.job, version.id, partition.path)
-        async with self._locks.hold(key):
-            if await self._workers.run(self._tier1.exists, key):
-                try:
-                    await self._check(key, partition, meter)
-                    return Fetched(partition.path, Tier.TIER1, partition.size_bytes, key=key)
-                except DamagedError as error:
-                    failures.append(error.message)
-                    await self._set_aside(version, key, error)
-            elif version.has(Tier.TIER1):
-                failures.append(f"tier 1 copy {key} is missing")
-                self._catalog.set_damaged(version, Tier.TIER1, f"{partition.path} is missing")
-            url = self._location(version.job)
-            if not url or not version.has(Tier.TIER2):
-                raise self._no_copy(version, partition, failures)
-            temporary = layout.incoming_download(version.job, version.id, self._tier1.token_hex(8))
-            self._partials.note(version, _folder(version, ""))
-            return await self._from_tier2(version, partition, url, key, temporary, meter, failures, again=again)
-
-    def _no_copy(self, version: Version, partition: Partition, failures: Sequence[str]) -> VersionError:
-        """No tier has an intact copy: what was found in each of them, now or before."""
-        tried = list(failures)
-        for tier in (Tier.TIER1, Tier.TIER2):
-            copy = version.copy(tier)
-            if copy.damaged and not any(copy.error in failure for failure in tried):
-                tried.append(f"its copy in {tier} was found damaged before: {copy.error}")
-        hint = f"choose an older version: `cairn list --job {version.job}`"
-        if tried:
-            hint += f"; what was damaged in tier 1 is kept in {self._tier1.root / layout.QUARANTINE}"
-        return VersionError(
-            f"no intact copy of {partition.path} of {version}: {'; '.join(tried) or 'no tier holds it'}",
-            hint=hint,
-            context={"version": version.id, "partition": partition.path},
-        )
-
-    async def _from_source(self, version: Version, partition: Partition, source: str, meter: Meter) -> Fetched:
-        key = layout.fetched(source, version.job, version.id, partition.path)
-        async with self._locks.hold(key):
-            if await self._workers.run(self._tier1.exists, key):
-                try:
-                    await self._check(key, partition, meter)
-                    return Fetched(partition.path, Tier.TIER1, partition.size_bytes, key=key, origin=Tier.TIER2)
-                except DamagedError as error:
-                    await self._set_aside(version, key, error)
-            temporary = layout.incoming_fetched(self._tier1.token_hex(8))
-            self._partials.note(version, _folder(version, source))
-            return await self._from_tier2(version, partition, source, key, temporary, meter, [])
-
-    async def _check(self, key: str, partition: Partition, meter: Meter) -> None:
-        await self._workers.run(
-            lambda: self._verified.check(key, partition, progress=meter.reader(partition), digested=meter.digested)
-        )
+            return await self._tier1_copies.bring_from(source, version, partition, meter)
+        fetched = await self._from_memory(version, partition, meter)
+        return fetched or await self._tier1_copies.bring(version, partition, meter)
 
     async def _from_memory(self, version: Version, partition: Partition, meter: Meter) -> Fetched | None:
         if not version.has(Tier.MEMORY):
@@ -347,106 +243,11 @@ class Fetcher:
                 self._catalog.set_damaged(version, Tier.MEMORY, f"{partition.path} changed in memory")
         return None
 
-    async def _from_tier2(
-        self,
-        version: Version,
-        partition: Partition,
-        url: str,
-        key: str,
-        temporary: str,
-        meter: Meter,
-        failures: list[str],
-        *,
-        again: bool = False,
-    ) -> Fetched:
-        async with self._slots:
-            await self._make_room(partition.size_bytes, version.job, deleting=not again)
-            try:
-                bucket = await self._storage.bucket(url)
-                download = self._workers.run(self._download, bucket, version, partition, key, temporary, meter)
-                await to_the_end(download)  # what ends later than its fetch would escape the clean-up
-            except VersionError as error:  # damaged, cut short or missing
-                self._catalog.set_damaged(version, Tier.TIER2, error.message)
-                raise VersionError(
-                    f"no intact copy of {partition.path} of {version}: {'; '.join([*failures, error.message])}",
-                    hint=f"choose an older version: `cairn list --job {version.job}`",
-                    context={"version": version.id, "partition": partition.path},
-                ) from error
-            except UnavailableError as error:
-                self._storage.note_failure(url, error)
-                raise
-        return Fetched(partition.path, Tier.TIER1, partition.size_bytes, key=key, origin=Tier.TIER2)
-
-    def _download(
-        self,
-        bucket: BucketRepository,
-        version: Version,
-        partition: Partition,
-        key: str,
-        temporary: str,
-        meter: Meter,
-    ) -> None:
-        digest, at = partition.digest, meter.reader(partition)
-        assert digest is not None, "versions of the bucket have digests"
-        source = layout.Bucket.partition(version.job, version.id, partition.path)
-        writer = self._tier1.begin(key, temporary, partition.size_bytes)
-        try:
-            view = block_buffer()
-            for number, offset in enumerate(range(0, partition.size_bytes, BLOCK_BYTES)):
-                meter.check()
-                block = view[: min(BLOCK_BYTES, partition.size_bytes - offset)]
-                bucket.store.read_into(source, offset, block)
-                if checksums.crc64nvme(block) != digest.blocks[number]:
-                    raise DamagedError(f"block {number} of {source} in tier 2 does not match its digest")
-                writer.write(block, offset)
-                at(offset + len(block))
-            writer.finish()
-        except BaseException:
-            writer.discard()
-            raise
-        self._tier1.publish(writer, key)
-        self._tier1.sync_folders([key])
-        self._verified.trust(key, partition)
-
-    async def _set_aside(self, version: Version, key: str, error: DamagedError) -> None:
-        where = await self._workers.run(quarantine, self._tier1, key)
-        self._verified.forget(key)
-        self._catalog.set_damaged(version, Tier.TIER1, error.message)
-        self._events.publish("copy_quarantined", version.job, version.id, tier=Tier.TIER1, now_at=where)
-
-    async def _adopt(self, version: Version, source: str) -> None:
-        """If every partition now lies in tier 1, publish the manifest: the version has a proper copy there again."""
+    async def _adopt(self, version: Version, source: str, ready: Sequence[Fetched]) -> None:
+        """What was fetched is served in any case, also if tier 1 takes no manifest for it."""
         if source:
             return
-        folder = layout.version_folder(version.job, version.id)
-        async with self._locks.hold(folder):
-            await self._adopt_once(version)
-
-    async def _adopt_once(self, version: Version) -> None:
-        if version.has(Tier.TIER1) or not version.has(Tier.TIER2):
-            return
-        keys = {layout.partition(version.job, version.id, item.path): item for item in version.partitions}
-        for key, partition in keys.items():
-            if not await self._workers.run(self._tier1.exists, key):
-                return  # not all of it is here: it stays a partial, unlisted copy while restores need it
-            try:
-                await self._workers.run(self._verified.check, key, partition)
-            except CairnError:
-                return
-        manifest = NodeManifest.of(version, self._node, version.partitions)
-        await self._workers.run(self._publish, version, manifest)
-        self._catalog.set_copy(version, Tier.TIER1, CopyState.VERIFIED, source=Tier.TIER2)
-
-    def _publish(self, version: Version, manifest: NodeManifest) -> None:
-        folder = layout.version_folder(version.job, version.id)
-        self._tier1.hand_to_group(layout.job_folder(version.job), manifest.gid)
-        self._tier1.hand_to_group(folder, manifest.gid, everything=True)
-        self._tier1.delete_tree(layout.incoming_folder(version.job, version.id))
-        self._tier1.put_small(layout.manifest(version.job, version.id), manifest.encode())
-        self._tier1.hand_to_group(layout.manifest(version.job, version.id), manifest.gid)
-
-
-def _folder(version: Version, source: str) -> str:
-    if source:
-        return layout.fetched(source, version.job, version.id, "x").removesuffix("/x")
-    return layout.version_folder(version.job, version.id)
+        try:
+            await self._tier1_copies.adopt(version, [item.key for item in ready if item.origin is Tier.TIER2])
+        except CairnError as error:
+            self._events.publish("copy_not_listed", version.job, version.id, tier=Tier.TIER1, error=error)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
-from cairn_api.errors import CairnError, UnavailableError, VersionError
+from cairn_api.errors import CairnError, UnavailableError
 from cairn_api.names import VersionId
 from cairnd.catalog.catalog import Catalog
 from cairnd.events import EventLog
@@ -18,6 +19,7 @@ from cairnd.manifest import NodeManifest
 from cairnd.model import Copy, CopyState, Tier, Version, VersionState
 from cairnd.replication.bucket import BucketRepository, Decision, EpochClaim, Verdict
 from cairnd.replication.storage import Storage
+from cairnd.tiers.errors import is_damage
 from cairnd.workers import Workers
 
 _PATIENCE_S = 10.0
@@ -25,8 +27,9 @@ _PATIENCE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class BucketView:
-    """What a bucket says of one job. ``damaged``: committed versions whose manifests cannot be believed, with why."""
+    """What a bucket says of one job to ``node``. ``damaged``: committed versions that cannot be believed, with why."""
 
+    node: str
     decisions: dict[VersionId, Decision]
     manifests: dict[VersionId, list[NodeManifest]]
     damaged: dict[VersionId, str]
@@ -35,9 +38,18 @@ class BucketView:
     requests: set[VersionId]
 
 
-def view(bucket: BucketRepository, job: str, known: Callable[[VersionId], bool]) -> BucketView:
-    """Read a job's records; manifests only of committed versions that are not *known* yet. Blocks."""
-    decisions = bucket.decisions(job)
+def view(
+    bucket: BucketRepository,
+    job: str,
+    known: Callable[[VersionId], bool],
+    *,
+    listed: Callable[[VersionId], bool] = lambda _: False,
+) -> BucketView:
+    """Read a job's records; manifests only of committed versions that are not *known* yet. Blocks.
+
+    That a version was deleted and swept long ago matters only where it is still *listed*.
+    """
+    decisions = bucket.decisions(job, swept=listed)
     manifests: dict[VersionId, list[NodeManifest]] = {}
     damaged: dict[VersionId, str] = {}
     for version, decision in decisions.items():
@@ -46,9 +58,13 @@ def view(bucket: BucketRepository, job: str, known: Callable[[VersionId], bool])
         elif decision.verdict is Verdict.COMMITTED and not known(version):
             try:
                 manifests[version] = bucket.committed(job, version, decision)
-            except VersionError as error:
+            except CairnError as error:
+                if not is_damage(error):
+                    raise
                 damaged[version] = error.message
-    return BucketView(decisions, manifests, damaged, bucket.epochs(job), bucket.pins(job), bucket.requests(job))
+    return BucketView(
+        bucket.node, decisions, manifests, damaged, bucket.epochs(job), bucket.pins(job), bucket.requests(job)
+    )
 
 
 def merged(manifests: list[NodeManifest]) -> Version:
@@ -125,7 +141,12 @@ class Inventory:
     async def _refresh(self, job: str, url: str) -> str:
         try:
             bucket = await self._storage.bucket(url)
-            seen = await self._workers.run(view, bucket, job, lambda version: self._knows(job, version))
+            seen = await self._workers.run(
+                partial(
+                    view, bucket, job, lambda version: self._knows(job, version),
+                    listed=lambda version: self._catalog.get(job, version) is not None,
+                )
+            )  # fmt: skip
         except CairnError as error:
             self._storage.note_failure(url, error)
             return str(error)
@@ -201,7 +222,11 @@ class Inventory:
         if manifests is None:
             return
         if version is None:
-            self._catalog.add(merged(manifests))
+            version = self._catalog.add(merged(manifests))
+            own = next((manifest for manifest in manifests if manifest.node == seen.node), None)
+            if own is not None and version.copy(Tier.TIER1).damaged:
+                # What tier 1 lost is this node's part, and no more than that is made again.
+                version.ranks, version.partitions = frozenset(own.ranks), own.partitions
         elif version.nonce == manifests[0].nonce:
             # Only a look at its bytes or a new upload acquits a damaged copy, and one that is under way has not done so
             # yet. An upload that failed here says nothing about the copy that was decided meanwhile, or before.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from functools import partial
 
 from cairn_api.errors import ConfigurationError, VersionError
@@ -84,14 +85,15 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         else:
             await self._inventory.refresh(check_job(request.job))
             versions = [v for v in self._catalog.versions(request.job) if v.restorable and _may_see(client, v)]
-        async for step in self._verification.verify(versions, deep=request.deep):
-            yield pb.VerifyProgress(
-                done_bytes=step.done_bytes,
-                total_bytes=step.total_bytes,
-                findings=[_finding_to(item) for item in step.findings],
-                versions_checked=step.versions,
-                copies_checked=step.copies,
-            )
+        async with aclosing(self._verification.verify(versions, deep=request.deep)) as steps:
+            async for step in steps:
+                yield pb.VerifyProgress(
+                    done_bytes=step.done_bytes,
+                    total_bytes=step.total_bytes,
+                    findings=[_finding_to(item) for item in step.findings],
+                    versions_checked=step.versions,
+                    copies_checked=step.copies,
+                )
 
     @translated
     async def Pin(self, request: pb.PinRequest, client: Client) -> pb.PinReply:
@@ -146,6 +148,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 bytes_left=sum(version.size_bytes for version in left.versions),
                 done=left.done,
                 abandoned=[str(version) for version in left.versions] if left.done else [],
+                without_tier2=[str(version) for version in left.without_tier2],
             )
 
     @translated

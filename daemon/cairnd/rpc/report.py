@@ -127,10 +127,10 @@ class Reporter:
 
     async def _quarantine(self) -> str:
         def look() -> tuple[bool, list[str]]:
-            if not self._tier1.exists(layout.QUARANTINE):
-                return False, []
-            whole = sorted(f"{job}/{version}" for job, version in unreadable(self._tier1))
-            return bool(self._tier1.list_folder(layout.QUARANTINE)), whole
+            versions, unlisted = unreadable(self._tier1)
+            whole = sorted(f"{job}/{version}" for job, version in versions)
+            there = unlisted or (self._tier1.exists(layout.QUARANTINE) and self._tier1.list_folder(layout.QUARANTINE))
+            return bool(there), whole
 
         anything, whole = await self._workers.run(look)
         if not anything:
@@ -177,8 +177,11 @@ def _next_step(version: Version, tier: Tier) -> str:
     if tier is Tier.TIER1 and version.has(Tier.TIER2):
         return f"it is made again from tier 2, in the background or by a load; `cairn verify {name} --deep` looks again"
     if tier is Tier.TIER2 and version.has(Tier.TIER1):
+        part = "it" if version.complete else "this node's part"
         again = (
-            "it is uploaded again from tier 1" if version.wants_tier2 else f"`cairn persist {name}` uploads it again"
+            f"{part} is uploaded again from tier 1"
+            if version.wants_tier2
+            else f"`cairn persist {name}` uploads {part} again"
         )
         return f"{again}; `cairn verify {name} --deep` looks again"
     return f"no other tier has an intact copy: `cairn list --job {version.job}` shows older versions"

@@ -152,8 +152,8 @@ class SaveService(save_pb2_grpc.SaveServicer):
             attributes=request.attributes,
             node_ranks=request.node_ranks,
         )
-        if request.HasField("floor"):
-            self._keeper.set_floor(client.job, convert.id_from(request.floor))
+        floor = convert.id_from(request.floor) if request.HasField("floor") else None
+        self._keeper.set_floor(client.job, version.id, floor)
         return pb.CreateReply(state=convert.state_to(version.state))
 
     @translated

@@ -28,6 +28,11 @@ from cairnd.session.memory import CaptureMemory, Segment
 _NEWEST_TOLD = 64
 
 
+def _safe(version: Version) -> bool:
+    """Whether nothing is lost with its copy in memory."""
+    return version.has(Tier.TIER1) or version.has(Tier.TIER2)
+
+
 class Launches:
     """Joining, claiming and reserving, for all jobs of this daemon."""
 
@@ -97,13 +102,14 @@ class Launches:
             )
 
     def max_epoch(self, job: str) -> int:
-        """The highest epoch of *job* seen in any tier or on this node's own record."""
+        """The highest epoch of *job* seen in any tier or on this node's own record, unreadable versions too."""
         record = self._jobs.get(job)
         claim = self._inventory.newest_claim(job)
         return max(
             self._catalog.max_epoch(job),
             record.epoch if record is not None else 0,
             claim.epoch if claim is not None else 0,
+            *(version.epoch for version in self._inventory.unreadable(job)),
         )
 
     async def claim(
@@ -167,7 +173,9 @@ class Launches:
         """The segments that a rank may overwrite for its next save; None if no buffer is free within *wait_s*.
 
         A buffer is all segments of one version. The rank may hold *buffers* of them; when it does, the oldest version
-        that is safe in tier 1 and read by no restore gives up its copy in memory.
+        that is safe in tier 1 and read by no restore gives up its copy in memory. One whose other copies are damaged
+        does so once a newer version is safe, or when there is nothing to wait for: else it could keep the buffer, and
+        every save from it, for ever.
         """
         self.check_current(client)
         if buffers < 1:
@@ -183,7 +191,10 @@ class Launches:
             if segment.owner is not None:
                 version = self._catalog.get(*segment.owner)
                 if version is not None and version.has(Tier.MEMORY):
-                    self._catalog.set_copy(version, Tier.MEMORY, CopyState.EVICTED, reason="its buffer is reused")
+                    reason = "its buffer is reused"
+                    if not _safe(version):
+                        reason += f", and its copy in tier 1 is lost: {version.copy(Tier.TIER1).error}"
+                    self._catalog.set_copy(version, Tier.MEMORY, CopyState.EVICTED, reason=reason)
                 segment.owner = segment.partition = None
         return [segment for segment in self._memory.of_client(client.number) if segment.owner is None]
 
@@ -199,10 +210,18 @@ class Launches:
                 held.setdefault(segment.owner[1], []).append(segment)
         if len(held) < buffers:
             return []
-        for version_id in sorted(held):
+        safe, coming, lost = set[VersionId](), set[VersionId](), set[VersionId]()
+        for version_id in held:
             version = self._catalog.get(client.job, version_id)
-            safe = version is None or version.has(Tier.TIER1) or version.has(Tier.TIER2)
-            if safe and not any(segment.readers for segment in held[version_id]):
+            if version is None or _safe(version):
+                safe.add(version_id)
+            else:
+                (coming if version.state in (VersionState.OPEN, VersionState.SEALED) else lost).add(version_id)
+        nothing_to_wait_for = not safe and not coming
+        for version_id in sorted(held):
+            superseded = version_id in lost and any(version_id < other for other in safe)
+            free = version_id in safe or superseded or nothing_to_wait_for
+            if free and not any(segment.readers for segment in held[version_id]):
                 return held[version_id]
         return None
 

@@ -84,21 +84,21 @@ class Tier1Writer:
         self._digesting = pools(write_lanes(threads), "cairnd-digest") if threads > 1 else None
         self._recheck_every = recheck_every
         self._throttle = Throttle(clock, bytes_per_s)
-        self._queue: asyncio.Queue[OpenSave] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[OpenSave, asyncio.Task[Exception | None]]] = asyncio.Queue()
 
     def put(self, save: OpenSave) -> None:
-        """Queue a sealed save; never blocks."""
-        self._queue.put_nowait(save)
+        """Queue a sealed save; never blocks. A moment later it is marked as captured, whatever waits before it."""
+        self._queue.put_nowait((save, asyncio.ensure_future(self._mark(save))))
 
     async def run(self, saves: Saves) -> None:
         """Write what is queued, for ever. A version that fails is aborted and the rest goes on."""
         while True:
-            save = await self._queue.get()
+            save, marking = await self._queue.get()
             version = save.version
             started_s = self._clock.monotonic_s()
             self._catalog.set_copy(version, Tier.TIER1, CopyState.COPYING)
             try:
-                version.partitions = await self._write(save)
+                version.partitions = await self._write(save, marking)
             except Exception as error:
                 if not isinstance(error, CairnError):
                     log.exception("unforeseen error while writing %s", version)
@@ -121,7 +121,18 @@ class Tier1Writer:
         if self._digesting is not None:
             self._digesting.shutdown(wait=False, cancel_futures=True)
 
-    async def _write(self, save: OpenSave) -> tuple[Partition, ...]:
+    async def _mark(self, save: OpenSave) -> Exception | None:
+        """Note durably that all ranks agreed: should it be lost, the next daemon tells so. Returns what failed."""
+        sealed = layout.sealed(save.version.job, save.version.id)
+        try:
+            await self._workers.run(self._tier1.make_folders_of, [sealed])
+            await self._workers.run(self._tier1.mark, sealed)
+            await self._workers.run(self._tier1.sync_folders, [sealed])
+        except Exception as error:  # noqa: BLE001 - told by who writes the version
+            return error
+        return None
+
+    async def _write(self, save: OpenSave, marking: asyncio.Task[Exception | None]) -> tuple[Partition, ...]:
         version = save.version
         partitions = save.partitions()
         items = [save.received[partition.rank, partition.name] for partition in partitions]
@@ -131,8 +142,7 @@ class Tier1Writer:
         folders = [layout.partition(version.job, version.id, save.path_of(item)) for item in items]
         folders.append(layout.manifest(version.job, version.id))
         drained = (self._drain(item, version.id.sequence, failures) for item in items)
-        sealed = layout.sealed(version.job, version.id)
-        await asyncio.gather(self._make_folders(folders, sealed, failures), *drained)
+        await asyncio.gather(self._make_folders(folders, marking, failures), *drained)
         try:
             if failures:
                 raise failures[0]
@@ -169,10 +179,13 @@ class Tier1Writer:
         every = max(1, min(self._recheck_every, count))
         return range(turn % every, count, every)
 
-    async def _make_folders(self, keys: list[str], sealed: str, failures: list[Exception]) -> None:
+    async def _make_folders(
+        self, keys: list[str], marking: asyncio.Task[Exception | None], failures: list[Exception]
+    ) -> None:
+        if (failed := await marking) is not None:
+            failures.append(failed)
+            return
         try:
-            await self._workers.run(self._tier1.make_folders_of, [sealed])
-            await self._workers.run(self._tier1.mark, sealed)
             await self._workers.run(self._tier1.make_folders_of, keys)
         except Exception as error:  # noqa: BLE001 - told by the caller
             failures.append(error)
@@ -233,7 +246,7 @@ def publish_version(
         tier1.hand_to_group(layout.job_folder(job), manifest.gid)
         tier1.hand_to_group(layout.version_folder(job, version), manifest.gid, everything=True)
     if protect:
-        _protect(tier1, keys)  # before the manifest: who sees that looks at once whether links to the files are safe
+        protect_files(tier1, keys)  # before the manifest: who sees that looks at once whether links are safe
     tier1.put_small(layout.manifest(job, version), manifest.encode())
     # From here the version exists: nothing that fails below may undo it. Who may read its manifest may read all of it.
     try:
@@ -241,12 +254,14 @@ def publish_version(
     except CairnError as error:
         log.warning("%s/%s is published, but its manifest could not be handed over: %s", job, version, error)
     try:
-        tier1.delete_tree(layout.incoming_folder(job, version))  # not before: it tells that the version was captured
+        # Not before: it tells that the version was captured. Unsynced, for recovery sweeps it.
+        tier1.delete_tree(layout.incoming_folder(job, version), sync=False)
     except CairnError as error:
         log.warning("%s/%s is published; what was left of its save goes at the next start: %s", job, version, error)
 
 
-def _protect(tier1: LocalTier, keys: list[str]) -> None:
+def protect_files(tier1: LocalTier, keys: list[str]) -> None:
+    """Make published files immutable; what cannot be is only told."""
     try:
         for key in keys:
             tier1.set_immutable(key)

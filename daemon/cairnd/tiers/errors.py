@@ -41,6 +41,7 @@ _TABLE: Mapping[int, tuple[type[CairnError], str]] = {
     errno.ENOMEM: (OverloadedError, "give the daemon more memory"),
     errno.EIO: (UnavailableError, _DISK),
     errno.ENXIO: (UnavailableError, _DISK),
+    errno.ENODATA: (UnavailableError, _DISK),
     errno.EUCLEAN: (UnavailableError, _CHECK),
     errno.EBADMSG: (UnavailableError, _CHECK),
     errno.ESTALE: (UnavailableError, "mount this file system again"),
@@ -57,8 +58,13 @@ _TABLE: Mapping[int, tuple[type[CairnError], str]] = {
 }
 
 
-_ROT = (errno.EIO, errno.ENXIO, errno.EUCLEAN, errno.EBADMSG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
-"""What a file system says of one file, and not of itself. EUCLEAN, EBADMSG: ext4's and xfs's own checksums differ."""
+_ROT = (
+    errno.EIO, errno.ENXIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP,
+)  # fmt: skip
+"""What a file system says of one file, and not of itself.
+
+EUCLEAN, EBADMSG: ext4's and xfs's own checksums differ. ENODATA: a medium error, where reads go around the page cache.
+"""
 
 
 def is_damage(error: CairnError) -> bool:

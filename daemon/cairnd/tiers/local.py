@@ -6,15 +6,18 @@ import errno
 import os
 import secrets
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from cairn_api.errors import VersionError
 from cairnd.tiers import atomic
-from cairnd.tiers.errors import explained, from_os_error
+from cairnd.tiers.errors import NotFoundError, explained, from_os_error
 from cairnd.tiers.filesystem import FileSystem, FolderEntry, is_file, is_folder, read_exactly
 from cairnd.tiers.keys import check_key
 from cairnd.tiers.uncached import UncachedFile
+
+_Done = TypeVar("_Done")
 
 SMALL_BYTES = 256 * 1024 * 1024
 """The most that :meth:`LocalTier.read_small` reads unless told otherwise: far above any manifest."""
@@ -51,14 +54,18 @@ class LocalTier:
         Training waits for this, and a temporary file need not survive a power cut: the folders are synced by
         :meth:`make_folders_of` or :meth:`publish`.
         """
-        self._make_folder_of(key, sync=False)
-        self._make_folder_of(temp_key, sync=False)
-        return atomic.BulkWriter(self._fs, self._path(temp_key), size_bytes)
+
+        def begin() -> atomic.BulkWriter:
+            self._make_folder_of(key, sync=False)
+            self._make_folder_of(temp_key, sync=False)
+            return atomic.BulkWriter(self._fs, self._path(temp_key), size_bytes)
+
+        return self._in_folders(begin)
 
     def make_folders_of(self, keys: Iterable[str]) -> None:
         """Make the folders in which *keys* will lie, durably: what is published there later need not wait for that."""
         for key in keys:
-            self._make_folder_of(key)
+            self._in_folders(partial(self._make_folder_of, key))
 
     def mark(self, key: str) -> None:
         """Make the empty file *key*, if it is not there: not durable, but there after a crash of the daemon alone."""
@@ -68,8 +75,12 @@ class LocalTier:
 
     def publish(self, writer: atomic.BulkWriter, key: str) -> None:
         """Rename a finished file to *key*, whose folders are made if need be. Durable after :meth:`sync_folders`."""
-        self._make_folder_of(key)  # a partition's name may have folders of its own
-        writer.publish(self._path(key))
+
+        def publish() -> None:
+            self._make_folder_of(key)  # a partition's name may have folders of its own
+            writer.publish(self._path(key))
+
+        self._in_folders(publish)
 
     def sync_folders(self, keys: Iterable[str]) -> None:
         """Make it durable that *keys* were published: syncs each folder that holds one of them, once."""
@@ -78,8 +89,12 @@ class LocalTier:
 
     def put_small(self, key: str, data: bytes) -> None:
         """Put *data* at *key*, replacing what was there; durable when this returns."""
-        self._make_folder_of(key)
-        atomic.write_file(self._fs, self._path(key), data, token_hex=self.token_hex)
+
+        def put() -> None:
+            self._make_folder_of(key)
+            atomic.write_file(self._fs, self._path(key), data, token_hex=self.token_hex)
+
+        self._in_folders(put)
 
     def read_small(self, key: str, max_bytes: int = SMALL_BYTES) -> bytes:
         """The bytes of *key*; raises :class:`VersionError` when there are more than *max_bytes*."""
@@ -173,10 +188,10 @@ class LocalTier:
                 return
             self._fs.fsync_folder(path.parent)
 
-    def delete_tree(self, key: str) -> None:
+    def delete_tree(self, key: str, *, sync: bool = True) -> None:
         """Remove *key* and all below it, files before folders; links are removed, not followed.
 
-        Idempotent, also after a crash half-way; durable when this returns.
+        Idempotent, also after a crash half-way; durable when this returns, unless *sync* is false.
         """
         path = self._path(key)
         self._forget_folders(key)
@@ -189,22 +204,12 @@ class LocalTier:
                 self._delete_folder(path)
             else:
                 self._unlink(path)
-            self._fs.fsync_folder(path.parent)
+            if sync:
+                self._fs.fsync_folder(path.parent)
 
     def move(self, key: str, target: str) -> None:
         """Rename a file or a whole folder; durable when this returns."""
-        self._make_folder_of(target)
-        source, destination = self._path(key), self._path(target)
-        with explained("move", source):
-            try:
-                self._fs.rename(source, destination)
-            except PermissionError:
-                # An immutable file keeps its name. Whoever may set that flag may clear it.
-                if not self._fs.set_immutable(source, immutable=False):
-                    raise
-                self._fs.rename(source, destination)
-            self._fs.fsync_folder(destination.parent)
-            self._fs.fsync_folder(source.parent)
+        self._in_folders(partial(self._move, key, target))
         self._forget_folders(key)
 
     def hand_to_group(self, key: str, gid: int, *, everything: bool = False) -> bool:
@@ -266,6 +271,31 @@ class LocalTier:
     def _make_folder_of(self, key: str, *, sync: bool = True) -> None:
         folder = check_key(key).rpartition("/")[0]
         atomic.make_folders(self._fs, self.root, folder, durable=self._durable_folders, sync=sync)
+
+    def _in_folders(self, act: Callable[[], _Done]) -> _Done:
+        """Do *act*, which makes its folders; once more, and believing in no folder, where one was missing.
+
+        Folders that are known are not made again, and somebody may have removed one by hand while the daemon ran.
+        """
+        try:
+            return act()
+        except NotFoundError:
+            self._durable_folders.clear()
+            return act()
+
+    def _move(self, key: str, target: str) -> None:
+        self._make_folder_of(target)
+        source, destination = self._path(key), self._path(target)
+        with explained("move", source):
+            try:
+                self._fs.rename(source, destination)
+            except PermissionError:
+                # An immutable file keeps its name. Whoever may set that flag may clear it.
+                if not self._fs.set_immutable(source, immutable=False):
+                    raise
+                self._fs.rename(source, destination)
+            self._fs.fsync_folder(destination.parent)
+            self._fs.fsync_folder(source.parent)
 
     def _hand_over(self, path: Path, gid: int, *, everything: bool) -> None:
         found = self._fs.lstat(path)

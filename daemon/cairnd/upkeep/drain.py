@@ -19,10 +19,14 @@ _REPORT_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """Versions that are not in tier 2 yet, oldest promise last; ``done`` in the final report."""
+    """Versions that are not in tier 2 yet, oldest promise last; ``done`` in the final report.
+
+    ``without_tier2``: the newest version of each job that has no tier 2 to go to, in the final report.
+    """
 
     versions: tuple[Version, ...]
     done: bool
+    without_tier2: tuple[Version, ...] = ()
 
 
 class Drainer:
@@ -61,12 +65,16 @@ class Drainer:
         self._events.publish(
             "drain_incomplete" if left else "drain_done", versions=", ".join(str(version) for version in left) or "none"
         )
-        yield Left(tuple(left), done=True)
+        yield Left(tuple(left), done=True, without_tier2=tuple(self._without_tier2()))
 
     def left(self) -> list[Version]:
         """What would be lost with this node now: unfinished promises first, then the backlog."""
         sealed = [version for version in self._catalog.versions() if version.state is VersionState.SEALED]
         return sealed + self._replicator.backlog()
+
+    def _without_tier2(self) -> list[Version]:
+        newest = [self._persistence.newest(job) for job in self._catalog.jobs()]
+        return [version for version in newest if version is not None and not self._replicator.location(version.job)]
 
     async def _request_newest(self, requested: set[str]) -> None:
         for job in self._catalog.jobs():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from cairn_api.errors import CairnError, ConfigurationError, OverloadedError
+from cairn_api.errors import CairnError, ConfigurationError
 from cairn_api.names import VersionId
 from cairnd import layout
 from cairnd.catalog.catalog import Catalog
@@ -28,7 +28,7 @@ from cairnd.restore.partials import KeyLocks
 from cairnd.settings import TIER1_RESERVED_BYTES, Settings
 from cairnd.tiers.filesystem import FileSystem
 from cairnd.tiers.local import LocalTier
-from cairnd.upkeep import retention
+from cairnd.upkeep import retention, room
 from cairnd.upkeep.links import remove_links
 from cairnd.workers import Workers
 
@@ -86,17 +86,24 @@ class Keeper:
         self._clock = clock
         self._events = events
         self._metrics = metrics
-        self._floors: dict[str, VersionId] = {}
+        self._answers: dict[str, tuple[VersionId, VersionId | None]] = {}
+        """By job: the newest ``create`` that was heard of, and what its ranks agreed on."""
         self._deleting = {tier: asyncio.Lock() for tier in Tier}
+        self._going: set[tuple[str, VersionId, Tier]] = set()
         self._sweeps: dict[tuple[str, VersionId], float] = {}
         self._retries: dict[tuple[str, VersionId], tuple[Deletion, float]] = {}
 
-    def set_floor(self, job: str, floor: VersionId) -> None:
-        """Note the newest version that all ranks hold verified in one tier, as ranks agreed at ``create``."""
-        self._floors[job] = max(floor, self._floors.get(job, floor))
+    def set_floor(self, job: str, created: VersionId, floor: VersionId | None) -> None:
+        """Note the newest version that all ranks hold verified in one tier, as ranks agreed at the create of *created*.
+
+        None: there is none. The answer of the newest create holds, also if it is lower than the one before: then a
+        copy was lost on another node.
+        """
+        if job not in self._answers or created >= self._answers[job][0]:
+            self._answers[job] = (created, floor)
 
     def floor(self, job: str) -> VersionId | None:
-        """What ranks agreed on, or the newest version that this node alone can show to be complete.
+        """The newest version that can be shown to be complete; None: there is none, so nothing may go.
 
         One that automatic resume passes over is it only if there is no other: else the last good one could go.
         """
@@ -106,9 +113,17 @@ class Keeper:
             if version.state is VersionState.COMMITTED
             and ((version.complete and version.has(Tier.TIER1)) or version.has(Tier.TIER2))
         ]
-        agreed = self._floors.get(job)
-        if agreed is not None and self._intact(job, agreed):  # else an older one is what can be restored
-            complete.append(self._catalog.require(job, agreed))
+        if job in self._answers:
+            created, agreed = self._answers[job]
+            # Another node may know better than to count on what is newer than their answer, unless it is all here.
+            complete = [
+                version
+                for version in complete
+                if (agreed is not None and version.id <= agreed)
+                or (version.complete and version.has(Tier.TIER1) and version.id.epoch >= created.epoch)
+            ]
+            if agreed is not None and self._intact(job, agreed):  # else an older one is what can be restored
+                complete.append(self._catalog.require(job, agreed))
         sound = [version for version in complete if not version.passed_over]
         return max((version.id for version in sound or complete), default=None)
 
@@ -133,15 +148,18 @@ class Keeper:
         for tier, policy in policies.items():
             evictions = retention.plan(self._held(job, tier), policy, floor)
             deletions += [Deletion(self._catalog.require(job, item.id), tier, item.reason) for item in evictions]
-        return deletions + self._damaged(job, keep, floor)
+            if not (policy.keep_every or policy.keep_period_s):  # else damage may be all that is left of a time
+                deletions += self._damaged(job, tier, policy.keep_last, floor)
+        return deletions
 
-    def _damaged(self, job: str, keep: int, floor: VersionId | None) -> list[Deletion]:
-        """Damaged tier 1 copies that enough intact newer ones have replaced: nothing else would ever remove them."""
-        intact = [version.id for version in self._catalog.versions(job) if version.has(Tier.TIER1)]
+    def _damaged(self, job: str, tier: Tier, keep: int, floor: VersionId | None) -> list[Deletion]:
+        """Damaged copies that enough intact newer ones have replaced: nothing else would ever remove them."""
+        intact = [version.id for version in self._catalog.versions(job) if version.has(tier)]
         return [
-            Deletion(version, Tier.TIER1, "damaged, and replaced by newer ones")
+            Deletion(version, tier, "damaged, and replaced by newer ones")
             for version in self._catalog.versions(job)
-            if version.copy(Tier.TIER1).state is CopyState.FAILED
+            if version.copy(tier).state is CopyState.FAILED
+            and (tier is Tier.TIER1 or (version.copy(tier).damaged and not version.has(Tier.TIER1)))
             and version.restorable
             and floor is not None
             and version.id < floor
@@ -180,24 +198,34 @@ class Keeper:
                     done.append(deletion)
         return done
 
+    def is_deleting(self, version: Version, tier: Tier) -> bool:
+        """Whether the copy in *tier* is being deleted, or half of it was: what is missing of it is no damage."""
+        half_gone = tier is Tier.TIER1 and (version.job, version.id) in self._retries
+        return half_gone or (version.job, version.id, tier) in self._going
+
     async def _delete(self, deletion: Deletion) -> bool:
         version = deletion.version
         gone = version.copy(deletion.tier).state not in (CopyState.VERIFIED, CopyState.FAILED)
         if gone or version.pinned or self._leases.protects(version.job, version.id):
             return False
+        key = (version.job, version.id, deletion.tier)
         try:
             if deletion.tier is Tier.TIER1:
                 async with self._locks.hold(layout.version_folder(version.job, version.id)):
                     if self._leases.protects(version.job, version.id):
                         return False
+                    self._going.add(key)
                     await self._delete_tier1(version, deletion.reason)
             else:
+                self._going.add(key)
                 await self._delete_tier2(version, deletion.reason)
         except CairnError as error:
             if deletion.tier is Tier.TIER1:
                 self._retries[version.job, version.id] = (deletion, self._clock.monotonic_s() + _RETRY_S)
             self._events.publish("delete_failed", version.job, version.id, tier=deletion.tier, error=error)
             return False
+        finally:
+            self._going.discard(key)
         return True
 
     async def make_room(self, size_bytes: int, job: str, *, deleting: bool = True) -> None:
@@ -207,21 +235,27 @@ class Keeper:
         disk has to have room. Raises :class:`OverloadedError` when there is too little: nothing that must stay is
         touched.
         """
-        if self._excess_bytes(size_bytes) <= 0:
-            return
-        if deleting:
+        beyond_disk, beyond_limit = await self._beyond_bytes(size_bytes)
+        if deleting and max(beyond_disk, beyond_limit) > 0:
             await self._free(size_bytes, job)
-        beyond_disk = self._beyond_disk_bytes(size_bytes)
-        beyond_limit = self._beyond_limit_bytes(size_bytes) if deleting else 0
-        if max(beyond_disk, beyond_limit) > 0:
-            raise self._no_room(size_bytes, job, beyond_disk, beyond_limit)
+            beyond_disk, beyond_limit = await self._beyond_bytes(size_bytes)
+        if beyond_disk > 0 or (deleting and beyond_limit > 0):
+            limit_bytes = self._settings.tier1_limit_bytes
+            raise room.refusal(
+                self._tier1.root, size_bytes, job, beyond_disk, beyond_limit if deleting else 0, limit_bytes
+            )
 
     async def _free(self, size_bytes: int, job: str) -> None:
-        for name in {job, *self._catalog.jobs()}:
+        jobs = sorted({job, *self._catalog.jobs()})
+        for name in jobs:
             await self.delete([item for item in self.plan(name) if item.tier is Tier.TIER1])
-        excess = self._excess_bytes(size_bytes)
+        excess = max(await self._beyond_bytes(size_bytes))
         chosen: list[tuple[Version, retention.Eviction, bool]] = []
-        for name in sorted({job, *self._catalog.jobs()}):
+        for name in jobs:  # of all jobs before the first intact copy of any
+            evictions = retention.damaged_first(self._held_damaged(name), excess)
+            chosen += [(self._catalog.require(name, item.id), item, False) for item in evictions]
+            excess -= sum(item.size_bytes for item in evictions)
+        for name in jobs:
             evictions, lost = retention.over_limit(self._held(name, Tier.TIER1), excess, self.floor(name))
             chosen += [(self._catalog.require(name, item.id), item, item.id in lost) for item in evictions]
             excess -= sum(item.size_bytes for item in evictions)
@@ -230,26 +264,18 @@ class Keeper:
             if lost_claim:
                 self._metrics.lost_claims.inc()
                 self._events.publish("claim_lost", version.job, version.id, reason="tier 1 is at its byte limit")
+            if version.copy(Tier.TIER1).damaged:
+                self._say_what_goes(version)
             await self.delete([Deletion(version, Tier.TIER1, eviction.reason)])
 
-    def _no_room(self, size_bytes: int, job: str, beyond_disk: int, beyond_limit: int) -> OverloadedError:
-        if beyond_disk >= beyond_limit:
-            free_bytes = size_bytes + TIER1_RESERVED_BYTES - beyond_disk
-            reason = (
-                f"{free_bytes} bytes are free in {self._tier1.root}, {TIER1_RESERVED_BYTES} must stay free for records"
-            )
-            step = f"free space there (nothing in {layout.QUARANTINE} is needed) or put tier1_path on a larger disk"
-        else:
-            limit_bytes = self._settings.tier1_limit_bytes
-            used_bytes = limit_bytes + beyond_limit - size_bytes
-            reason = f"versions take {used_bytes} of the {limit_bytes} bytes of tier1_limit_bytes"
-            step = "raise tier1_limit_bytes"
-        return OverloadedError(
-            f"tier 1 has no room for {size_bytes} bytes: {reason}, so {max(beyond_disk, beyond_limit)} bytes are "
-            "missing, and nothing more may be deleted",
-            hint=f"{step}, lower num_of_version_in_retention, or check why tier 2 lags (`cairn status`)",
-            context={"size_bytes": size_bytes, "job": job},
-        )
+    def _say_what_goes(self, version: Version) -> None:
+        """What was not damaged of the copy goes too: an operator may ask whether anything else has it."""
+        left = [str(tier) for tier in (Tier.TIER2, Tier.MEMORY) if version.has(tier)]
+        self._events.publish(
+            "damaged_copy_given_up", version.job, version.id, tier=Tier.TIER1,
+            reason="tier 1 has no room for a new version", damage=version.copy(Tier.TIER1).error,
+            intact_copy=left[0] if left else "none",
+        )  # fmt: skip
 
     def used_bytes(self) -> int:
         """Bytes of versions in tier 1, finished or being written."""
@@ -301,19 +327,28 @@ class Keeper:
             if version.has(tier) and version.restorable
         ]
 
-    def _excess_bytes(self, size_bytes: int) -> int:
-        return max(self._beyond_disk_bytes(size_bytes), self._beyond_limit_bytes(size_bytes))
+    def _held_damaged(self, job: str) -> list[retention.Held]:
+        return [
+            retention.Held(
+                version.id,
+                version.size_bytes,
+                version.created_s,
+                protected=version.pinned or self._leases.protects(job, version.id),
+            )
+            for version in self._catalog.versions(job)
+            if version.copy(Tier.TIER1).state is CopyState.FAILED and version.restorable
+        ]
 
-    def _beyond_disk_bytes(self, size_bytes: int) -> int:
-        return size_bytes + TIER1_RESERVED_BYTES - self._tier1.free_bytes()
-
-    def _beyond_limit_bytes(self, size_bytes: int) -> int:
+    async def _beyond_bytes(self, size_bytes: int) -> tuple[int, int]:
+        """How many bytes are missing for *size_bytes* more, on the disk and below the limit; negative: to spare."""
+        free_bytes = await self._disk.run(self._tier1.free_bytes)  # a disk that hangs must not stop the daemon
         limit_bytes = self._settings.tier1_limit_bytes
-        return self.used_bytes() + size_bytes - limit_bytes if limit_bytes else 0
+        beyond_limit = self.used_bytes() + size_bytes - limit_bytes if limit_bytes else 0
+        return size_bytes + TIER1_RESERVED_BYTES - free_bytes, beyond_limit
 
     async def _delete_tier1(self, version: Version, reason: str) -> None:
         folder = layout.version_folder(version.job, version.id)
-        only_copy = not version.has(Tier.TIER2)
+        only_copy = not _is_held(version, Tier.TIER2)
         if only_copy and version.state is not VersionState.DELETING:
             self._catalog.move(version, VersionState.DELETING, reason)
         await self._disk.run(remove_links, self._fs, version, self._tier1.root / folder)
@@ -328,11 +363,11 @@ class Keeper:
     async def _delete_tier2(self, version: Version, reason: str) -> None:
         bucket = await self._storage.bucket(self._replicator.location(version.job))
         await self._workers.run(bucket.mark_deleted, version.job, version.id, self._clock.now_s())
-        if not version.has(Tier.TIER1) and version.state is not VersionState.DELETING:
+        if not _is_held(version, Tier.TIER1) and version.state is not VersionState.DELETING:
             self._catalog.move(version, VersionState.DELETING, reason)
         self._catalog.set_copy(version, Tier.TIER2, CopyState.EVICTED, reason=reason)
         self.sweep_later(version.job, version.id)
-        if not version.has(Tier.TIER1):
+        if not _is_held(version, Tier.TIER1):
             self._catalog.forget(version)
 
     def sweep_later(self, job: str, version: VersionId) -> None:
@@ -344,10 +379,12 @@ class Keeper:
         while True:
             await self._clock.sleep(_SWEEP_INTERVAL_S)
             now_s = self._clock.monotonic_s()
-            for key, (deletion, due_s) in list(self._retries.items()):
+            for key, retry in list(self._retries.items()):
+                deletion, due_s = retry
                 if due_s <= now_s and not self._leases.protects(*key):
-                    del self._retries[key]
                     await self.delete([deletion])
+                    if self._retries.get(key) is retry:  # it did not fail again
+                        del self._retries[key]
             for (job, version), due_s in list(self._sweeps.items()):
                 if due_s > now_s or self._leases.protects(job, version):
                     continue
@@ -360,3 +397,8 @@ class Keeper:
                     continue
                 del self._sweeps[job, version]
                 self._events.publish("tier2_data_deleted", job, version)
+
+
+def _is_held(version: Version, tier: Tier) -> bool:
+    """Whether *tier* has a copy, intact or not. A version is forgotten with its last: its damage would be, too."""
+    return version.has(tier) or version.copy(tier).damaged

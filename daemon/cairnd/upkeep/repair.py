@@ -59,6 +59,8 @@ class Repairer:
             self._awake.clear()
             now_s = self._clock.monotonic_s()
             waiting = self.waiting()
+            keys = {(version.job, version.id) for version in waiting}
+            self._not_before_s = {key: paced for key, paced in self._not_before_s.items() if key in keys}
             due = [item for item in waiting if self._not_before_s.get((item.job, item.id), (0.0, 0.0))[0] <= now_s]
             if due:
                 await self._repair(due[0])

@@ -2,7 +2,8 @@
 
 Never chosen: a pinned or leased version; the floor (the newest version verified on all ranks in one tier; one that is
 passed over only if all are) and anything newer, but for what is passed over when a tier is at its limit; in tier 1, a
-version that still waits for tier 2; the last restorable version of a job, whatever the policy says.
+version that still waits for tier 2; the last restorable version of a job, whatever the policy says. Damaged copies are
+none of these: when tier 1 is at its limit they go first.
 """
 
 from __future__ import annotations
@@ -83,6 +84,22 @@ def _kept(newest_first: Sequence[Held], policy: Policy) -> set[VersionId]:
             periods[int(item.created_s // policy.keep_period_s)] = item.id
         kept |= set(periods.values())
     return kept
+
+
+def damaged_first(damaged: Iterable[Held], excess_bytes: int) -> list[Eviction]:
+    """Which *damaged* copies go when tier 1 is *excess_bytes* too large, before any intact one: the oldest first.
+
+    They may be newer than the floor, or there may be none because all are damaged: else they could keep every save from
+    its place, for ever.
+    """
+    evictions: list[Eviction] = []
+    for item in sorted(damaged, key=lambda item: item.id):
+        if excess_bytes <= 0:
+            break
+        if not item.protected:
+            evictions.append(Eviction(item.id, item.size_bytes, "damaged, and tier 1 is at its limit"))
+            excess_bytes -= item.size_bytes
+    return evictions
 
 
 def over_limit(

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
-from cairn_api.errors import CairnError, VersionError
+from cairn_api.errors import CairnError
 from cairn_api.names import VersionId
 from cairnd import layout
 from cairnd.catalog.catalog import Catalog
@@ -25,8 +25,19 @@ from cairnd.replication.bucket import BucketRepository
 from cairnd.replication.storage import Storage
 from cairnd.session.throttle import Throttle
 from cairnd.settings import Settings
+from cairnd.tiers.errors import is_damage
 from cairnd.tiers.local import LocalTier
-from cairnd.upkeep.verifier import Finding, ReadBlock, block_buffer, check_tier1, check_tier2, compare_block
+from cairnd.upkeep.looking import Judge
+from cairnd.upkeep.verifier import (
+    Finding,
+    GoneError,
+    ReadBlock,
+    block_buffer,
+    check_tier1,
+    check_tier2,
+    compare_block,
+    is_deleted,
+)
 from cairnd.workers import Workers, to_the_end
 
 _LOOK_S = 30.0
@@ -49,6 +60,7 @@ class Scrubber:
         clock: Clock,
         events: EventLog,
         metrics: Metrics,
+        judge: Judge,
         *,
         location: Callable[[str], str],
     ) -> None:
@@ -64,6 +76,7 @@ class Scrubber:
         self._clock = clock
         self._events = events
         self._metrics = metrics
+        self._judge = judge
         self._location = location
         self._read_s: dict[Key, float] = {}
 
@@ -85,6 +98,8 @@ class Scrubber:
                 self._read_s[version.job, version.id, tier] = self._clock.monotonic_s()
                 try:
                     await self._scrub(version, tier, throttle)
+                except GoneError:
+                    pass  # by another node
                 except CairnError as error:  # a bucket that does not answer, no descriptors left: not the copy's fault
                     self._metrics.stage_failures.labels("scrub").inc()
                     self._events.publish("scrub_failed", version.job, version.id, tier=tier, error=error)
@@ -103,6 +118,7 @@ class Scrubber:
         return [held[key] for key in sorted(due, key=lambda key: self._read_s.get(key, float("-inf")))]
 
     async def _scrub(self, version: Version, tier: Tier, throttle: Throttle) -> None:
+        before = version.copy(tier)
         bucket = await self._storage.bucket(self._location(version.job)) if tier is Tier.TIER2 else None
         if bucket is None:
             quick = check_tier1(self._tier1, version, deep=False, progress=lambda _: None)
@@ -114,10 +130,10 @@ class Scrubber:
             if problem:
                 break
             problem = await self._scrub_partition(version, item, bucket, throttle)
-        if not version.has(tier):
-            return  # it was deleted, or found damaged by somebody else, meanwhile
+        if problem and bucket is not None and await self._workers.run(is_deleted, bucket, version):
+            return
         if problem:
-            self._catalog.set_damaged(version, tier, problem)
+            self._judge.condemn(version, tier, before, problem)
 
     async def _scrub_partition(
         self, version: Version, item: Partition, bucket: BucketRepository | None, throttle: Throttle
@@ -136,7 +152,9 @@ class Scrubber:
                     if problem:
                         return Finding(version.job, version.id, tier, item.path, problem).text
                     self._metrics.stage_bytes.labels("scrub").inc(size_bytes)
-        except VersionError as error:  # cut short, or gone
+        except CairnError as error:  # it cannot be opened
+            if not is_damage(error):
+                raise
             return Finding(version.job, version.id, tier, item.path, error.message).text
         return ""
 

@@ -13,17 +13,21 @@ from functools import partial
 
 from awscrt import checksums
 
-from cairn_api.errors import CairnError, OverloadedError
+from cairn_api.errors import CairnError, VersionError
 from cairn_api.names import VersionId
 from cairnd import layout
 from cairnd.digests import BLOCK_BYTES
 from cairnd.manifest import NodeManifest
 from cairnd.model import Partition, Tier, Version
 from cairnd.replication.bucket import BucketRepository, Verdict
-from cairnd.tiers.errors import explained, from_os_error, is_damage
+from cairnd.tiers.errors import explained, is_damage
 from cairnd.tiers.local import LocalTier
 
 ReadBlock = Callable[[int, memoryview], None]
+
+
+class GoneError(VersionError):
+    """The version was deleted while it was looked at: nothing is wrong with what is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ def check_tier1(
 ) -> Iterator[Finding]:
     """Findings about the tier 1 copy of *version*; *progress* is told bytes as they are read.
 
-    Raises :class:`OverloadedError` when descriptors or memory ran out: that says nothing about the copy.
+    Raises what keeps it from looking (no descriptors, no memory, no rights): that says nothing about the copy.
     """
 
     def finding(path: str, problem: str) -> Finding:
@@ -56,9 +60,9 @@ def check_tier1(
     key = layout.manifest(version.job, version.id)
     try:
         manifest = NodeManifest.decode(tier1.read_small(key), key)
-    except OverloadedError:
-        raise
     except CairnError as error:
+        if not is_damage(error):
+            raise
         yield finding("", error.message)
         return
     if (manifest.job, manifest.id) != (version.job, version.id):
@@ -77,9 +81,9 @@ def check_tier1(
                     file.close()
                 if problem:
                     yield finding(partition.path, problem)
-        except OverloadedError:
-            raise
         except CairnError as error:
+            if not is_damage(error):
+                raise
             yield finding(partition.path, error.message)
 
 
@@ -88,8 +92,31 @@ def check_tier2(
 ) -> Iterator[Finding]:
     """Findings about the bucket's copy of *version*: decision, node manifests, sizes; deep: bytes.
 
-    Raises what the bucket does when it does not answer, or refuses to: that says nothing about the copy.
+    Raises what the bucket does when it does not answer, or refuses to: that says nothing about the copy. Raises
+    :class:`GoneError` when any daemon deleted the version.
     """
+    findings = _findings_in_tier2(bucket, version, deep=deep, progress=progress)
+    for first in findings:
+        if is_deleted(bucket, version):  # the tombstone comes before its data goes
+            raise GoneError(f"{version} was deleted in tier 2 while it was looked at", hint="choose another version")
+        yield first
+        yield from findings
+
+
+def is_deleted(bucket: BucketRepository, version: Version) -> bool:
+    """Whether the decision key says that *version* was deleted, by whichever daemon."""
+    try:
+        decision = bucket.decision(version.job, version.id)
+    except CairnError as error:
+        if not is_damage(error):
+            raise
+        return False
+    return decision is not None and decision.verdict is Verdict.DELETED
+
+
+def _findings_in_tier2(
+    bucket: BucketRepository, version: Version, *, deep: bool, progress: Callable[[int], None]
+) -> Iterator[Finding]:
 
     def finding(path: str, problem: str) -> Finding:
         return Finding(version.job, version.id, Tier.TIER2, path, problem)
@@ -126,7 +153,7 @@ def check_tier2(
 
 
 def _compare(partition: Partition, read: ReadBlock, progress: Callable[[int], None]) -> str:
-    """What is wrong with the bytes that *read* delivers; empty if nothing. Lets Cairn's errors pass."""
+    """What is wrong with the bytes that *read* delivers; empty if nothing. Raises as :func:`compare_block` does."""
     assert partition.digest is not None, "manifests state digests"
     view = block_buffer()
     for number in range(len(partition.digest.blocks)):
@@ -149,18 +176,20 @@ def block_buffer() -> memoryview:
 def compare_block(partition: Partition, number: int, read: ReadBlock, buffer: memoryview) -> str:
     """What is wrong with block *number* as *read* delivers it into *buffer*; empty if nothing.
 
-    Raises :class:`OverloadedError` when descriptors or memory ran out.
+    Raises what keeps it from reading: that says nothing about the bytes.
     """
     assert partition.digest is not None, "manifests state digests"
     offset = number * BLOCK_BYTES
     block = buffer[: min(BLOCK_BYTES, partition.size_bytes - offset)]
     try:
-        read(offset, block)
-    except OSError as error:
-        translated = from_os_error(error, "read", partition.path)
-        if isinstance(translated, OverloadedError):
-            raise translated from error
-        return f"block {number} cannot be read: {error.strerror or error}"
+        with explained("read", partition.path):
+            read(offset, block)
+    except CairnError as error:
+        if not is_damage(error):
+            raise
+        cause = error.__cause__
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else error.message
+        return f"block {number} cannot be read: {reason}"
     if checksums.crc64nvme(block) != partition.digest.blocks[number]:
         return f"block {number} does not match its digest"
     return ""

@@ -157,16 +157,18 @@ class DrainRequest(_message.Message):
     def __init__(self, timeout_s: _Optional[float] = ...) -> None: ...
 
 class DrainProgress(_message.Message):
-    __slots__ = ("versions_left", "bytes_left", "done", "abandoned")
+    __slots__ = ("versions_left", "bytes_left", "done", "abandoned", "without_tier2")
     VERSIONS_LEFT_FIELD_NUMBER: _ClassVar[int]
     BYTES_LEFT_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     ABANDONED_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_TIER2_FIELD_NUMBER: _ClassVar[int]
     versions_left: int
     bytes_left: int
     done: bool
     abandoned: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, versions_left: _Optional[int] = ..., bytes_left: _Optional[int] = ..., done: bool = ..., abandoned: _Optional[_Iterable[str]] = ...) -> None: ...
+    without_tier2: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, versions_left: _Optional[int] = ..., bytes_left: _Optional[int] = ..., done: bool = ..., abandoned: _Optional[_Iterable[str]] = ..., without_tier2: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

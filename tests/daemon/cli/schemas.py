@@ -69,7 +69,7 @@ VERIFY = obj(
     findings=array(obj(**NAME, tier=TIER, path=TEXT, problem=TEXT, next_step={**TEXT, "minLength": 1})),
 )
 PIN = obj(**NAME, pinned=FLAG, changed=FLAG)
-MARK = obj(**NAME, passed_over=TEXT, changed=FLAG)
+MARK = obj(**NAME, passed_over=TEXT, changed=FLAG, sound_versions=COUNT)
 PRUNE = obj(job=TEXT, dry_run=FLAG, deletions=array(obj(**NAME, tier=TIER, size_bytes=COUNT, reason=TEXT)))
 PERSIST = obj(**NAME, already=FLAG, hindrance=TEXT)
 EXPORT = obj(
@@ -114,7 +114,7 @@ DOCTOR = obj(
         )
     ),
 )
-DRAIN = obj(done=FLAG, versions_left=COUNT, bytes_left=COUNT, abandoned=array(TEXT))
+DRAIN = obj(done=FLAG, versions_left=COUNT, bytes_left=COUNT, abandoned=array(TEXT), without_tier2=array(TEXT))
 EVENT = obj(
     number=COUNT,
     time_s=NUMBER,

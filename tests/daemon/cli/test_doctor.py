@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import resource
 import signal
@@ -26,6 +28,7 @@ from cairnd.cli.doctor.stored import Stored
 from cairnd.cli.doctor.subject import Subject, choose_settings
 from cairnd.cli.verbs import doctor
 from cairnd.manifest import NOTE_FORMAT, encode
+from cairnd.tiers.filesystem import AnyPath, OsFileSystem
 from tests.crash.disks import Tmpfs, need_mounts
 from tests.daemon.cli import schemas
 from tests.daemon.cli.running import Cairn, Outcome
@@ -525,6 +528,22 @@ def test_a_killed_daemons_sockets_and_another_that_owns_the_tree(examine: Examin
         assert examine.at(place).status == 0
 
 
+def test_a_lock_on_another_file_system_is_not_the_trees(tmp_path: Path) -> None:
+    """Inodes are numbered anew on each file system."""
+    path = tmp_path / "lock"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert leftovers.lock_owner(path, Path("/")) == os.getpid()
+        table = Path("/proc/locks").read_text()
+        (line,) = [line for line in table.splitlines() if line.split()[5].endswith(f":{path.stat().st_ino}")]
+        major, minor, inode = line.split()[5].split(":")
+        (tmp_path / "proc").mkdir()
+        own = f"{major}:{minor}"
+        for device, owner in ((own, os.getpid()), (f"{major}:f{minor}", None), (f"f{major}:{minor}", None)):
+            (tmp_path / "proc/locks").write_text(line.replace(f"{own}:{inode}", f"{device}:{inode}"))
+            assert leftovers.lock_owner(path, tmp_path) == owner
+
+
 def test_layouts_of_other_releases(examine: Examine, place: Path) -> None:
     seed_tier1(place / "tier1", three_versions())
     record = place / "tier1" / layout.LAYOUT_KEY
@@ -574,6 +593,26 @@ def test_everything_that_was_left_behind_is_named_and_left(examine: Examine, pla
     report = examine.at(place)
     assert report.status == 12
     assert "quarantine" in report.one("leftovers", Level.PROBLEM, "manifest").fix
+
+
+def test_a_version_that_cannot_be_looked_at(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = three_versions()
+    root = seed_tier1(place / "tier1", seeds)
+    manifest = str(root / layout.manifest(seeds[0].job, seeds[0].id))
+    really = OsFileSystem.open
+
+    def stale(self: OsFileSystem, path: AnyPath, flags: int, mode: int = 0o600) -> int:
+        if os.fspath(path) == manifest:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return really(self, path, flags, mode)
+
+    monkeypatch.setattr(OsFileSystem, "open", stale)
+    environment = {"CAIRN_RUNTIME_DIR": str(place / "run"), "CAIRN_TIER1_PATH": str(root)}
+    subject = choose_settings(None, [], place / "run", environment, explicit_runtime_dir=False, machine=Path("/"))
+    found = list(leftovers.check(subject, Stored(root)))
+    (problem,) = [finding for finding in found if finding.level is Level.PROBLEM]
+    assert str(seeds[0].id) in problem.message
+    assert "mount" in problem.fix
 
 
 def test_what_a_running_daemon_writes_at_the_moment_is_not_left_behind(examine: Examine, place: Path) -> None:

@@ -80,6 +80,11 @@ def test_a_version_that_resume_passes_over(online: Cairn) -> None:
     assert online("mark", NAMES[1], "--pass-over", "its loss exploded", "--json").json(schemas.MARK)["changed"] is False
     assert "passed-over" in online("list").out
     assert "its loss exploded" in online("show", "global_step2").out
+    others = [name for name in NAMES if name != NAMES[1]]
+    warned = [online("mark", name, "--pass-over", "it diverged").err for name in others]
+    assert ["last resort" in text for text in warned] == [False] * (len(others) - 1) + [True]
+    for name in others:
+        assert online("mark", name, "--sound").status == 0
     assert online("mark", "global_step2", "--sound").status == 0
     assert "passed-over" not in online("list").out
     assert online("mark", "global_step2").status == 2
@@ -125,7 +130,7 @@ def test_persist_brings_a_version_to_tier_2_and_drain_waits(
     assert (asked["version"], asked["already"]) == (NAMES[3], False)
     assert online("persist", "global_step3").out == f"{NAMES[2]} will be copied to tier 2.\n"
     drained = online("drain", "--timeout", "60", "--json").json(schemas.DRAIN)
-    assert drained == {"done": True, "versions_left": 0, "bytes_left": 0, "abandoned": []}
+    assert drained == {"done": True, "versions_left": 0, "bytes_left": 0, "abandoned": [], "without_tier2": []}
     assert "already" in online("persist", "global_step4").out
     versions = online("list", "--json").json(schemas.LIST)["versions"]
     assert [item["copies"].get("tier2", {}).get("state") for item in versions[:2]] == ["verified", "verified"]
@@ -159,6 +164,22 @@ def test_a_drain_that_leaves_something_says_so(tmp_path: Path, capsys: pytest.Ca
         status = cairn("status")
         assert "does not answer" in status.out.replace("\n           ", " ")
         assert cairn("status", "--json").json(schemas.STATUS)["problems"]
+
+
+def test_a_drain_without_a_tier_2_says_what_only_this_node_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seed_tier1(tmp_path / "tier1", [Seed("a", files={"m.pt": b"1"}), Seed("b", sequence=2, files={"m.pt": b"2"})])
+    with DaemonProcess(tmp_path, persistent_storage_path="") as process:
+        cairn = runner(capsys, "--runtime-dir", str(process.runtime_dir))
+        outcome = cairn("drain", "--json")
+        assert outcome.status == 1
+        left = outcome.json(schemas.DRAIN)
+        assert (left["done"], left["versions_left"], left["without_tier2"]) == (False, 0, ["run-7/e00001-s000002-b"])
+        text = cairn("drain")
+        assert text.status == 1
+        assert "No tier 2 is configured" in text.out
+        assert "cairn export" in text.out
 
 
 @pytest.mark.parametrize("flags", [[], ["--sums", "--tag-folder"]])

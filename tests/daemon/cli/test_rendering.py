@@ -115,7 +115,15 @@ def test_an_event_fits(event: pb.Event) -> None:
     jsonschema.validate(watch.document(event), schemas.EVENT)
 
 
-@given(st.builds(pb.DrainProgress, versions_left=COUNTS, bytes_left=SIZES, abandoned=st.lists(TEXTS, max_size=3)))
+@given(
+    st.builds(
+        pb.DrainProgress,
+        versions_left=COUNTS,
+        bytes_left=SIZES,
+        abandoned=st.lists(TEXTS, max_size=3),
+        without_tier2=st.lists(TEXTS, max_size=3),
+    )
+)
 def test_the_end_of_a_drain_fits(last: pb.DrainProgress) -> None:
     assert_fits(drain.render(last))
     jsonschema.validate(drain.document(last), schemas.DRAIN)

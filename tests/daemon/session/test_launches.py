@@ -153,6 +153,38 @@ async def test_a_buffer_that_a_restore_reads_is_not_given_back(lab: Lab) -> None
     assert await lab.app.launches.reserve(rank.client, 1, 0.0)
 
 
+async def test_buffers_of_damaged_versions_are_given_back_when_newer_ones_need_them(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, scrub_bytes_per_s=0)
+    (rank,) = await Rank.launch(lab)
+    launches, catalog = lab.app.launches, lab.app.catalog
+    first, second = [await rank.save({"a": b"x"}) for _ in range(2)]
+    for version in (first, second):
+        catalog.set_damaged(lab.version(version), Tier.TIER1, "a: block 0")
+    assert await launches.reserve(rank.client, 2, 0.0)  # there is nothing to wait for
+    assert [lab.version(version).has(Tier.MEMORY) for version in (first, second)] == [False, True]
+    assert "block 0" in lab.events("copy_evicted")[-1].fields["reason"]
+
+
+async def test_the_buffer_of_a_damaged_version_waits_for_a_newer_one_to_be_safe(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, run=False)
+    (rank,) = await Rank.launch(lab)
+    launches = lab.app.launches
+    writer = asyncio.ensure_future(lab.app.writer.run(lab.app.saves))
+    damaged = await rank.save({"a": b"x"})
+    lab.app.catalog.set_damaged(lab.version(damaged), Tier.TIER1, "a: block 0")
+    writer.cancel()
+    newer = rank.next()
+    rank.create(newer)
+    rank.seal(newer, "a", b"x")
+    await rank.prepare(newer, ["a"])
+    rank.commit(newer)
+    assert await launches.reserve(rank.client, 2, 0.0) is None  # in memory alone, both of them
+    lab.go()
+    await lab.reaches(newer, Tier.TIER1)
+    assert await launches.reserve(rank.client, 2, 0.0)
+    assert [lab.version(version).has(Tier.MEMORY) for version in (damaged, newer)] == [False, True]
+
+
 async def test_copies_of_dead_ranks_make_room_but_the_newest_stays_while_it_can(make_lab: MakeLab) -> None:
     lab = await make_lab(capture_memory_bytes=8 * 4096)
     (rank,) = await Rank.launch(lab)

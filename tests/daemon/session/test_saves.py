@@ -48,6 +48,39 @@ async def test_that_it_was_captured_is_kept_until_the_manifest_is_there(lab: Lab
     version = await rank.save({"model.pt": b"weights"})
     manifest = rigged.calls.index(("rename", layout.manifest(JOB, version)))
     assert rigged.calls.index(("unlink", layout.sealed(JOB, version))) > manifest
+    marked = rigged.calls.index(("open", layout.sealed(JOB, version)))
+    assert ("fsync_folder", layout.incoming_folder(JOB, version)) in rigged.calls[marked:manifest], "a power cut, too"
+
+
+async def test_each_version_is_marked_as_captured_also_while_it_waits_for_another(make_lab: MakeLab) -> None:
+    """When the daemon is killed, all of them are told as lost."""
+    lab = await make_lab(bucket=False, run=False)
+    (rank,) = await Rank.launch(lab)
+    captured = []
+    for _ in range(2):
+        captured.append(rank.next())
+        rank.create(captured[-1])
+        rank.seal(captured[-1], "model.pt", b"weights")
+        await rank.prepare(captured[-1], ["model.pt"])
+        rank.commit(captured[-1])
+    await eventually(lambda: all((lab.tier1 / layout.sealed(JOB, version)).exists() for version in captured))
+    await lab.restart(run=False)
+    assert lab.app.health.lost(JOB) == [(JOB, version) for version in captured]
+
+
+async def test_a_mark_that_cannot_be_made_fails_the_version(lab: Lab) -> None:
+    def refused(key: str) -> None:
+        raise OverloadedError(f"the disk is full: {key}")
+
+    lab.app.tier1.mark = refused  # type: ignore[method-assign]
+    (rank,) = await Rank.launch(lab)
+    version = rank.next()
+    rank.create(version)
+    rank.seal(version, "model.pt", b"weights")
+    await rank.prepare(version, ["model.pt"])
+    rank.commit(version)
+    await eventually(lambda: state(lab, version) is VersionState.ABORTED)
+    assert "the disk is full" in lab.version(version).reason
 
 
 async def test_ranks_that_share_a_name_get_folders(lab: Lab) -> None:

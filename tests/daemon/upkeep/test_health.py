@@ -108,6 +108,36 @@ async def test_retention_does_not_count_damaged_copies_also_after_a_restart(make
     assert lab.version(older).has(Tier.TIER1)
 
 
+async def test_damage_in_tier2_is_known_when_tier1_has_let_the_version_go(make_lab: MakeLab) -> None:
+    """Else the version would be found in the bucket anew, taken for intact, and an older one deleted for it."""
+    lab = await make_lab(num_of_version_in_retention=2, **STILL)
+    (rank,) = await Rank.launch(lab)
+    intact, damaged = await rank.save(PARTS, persist=True), await rank.save(PARTS, persist=True)
+    for version in (intact, damaged):
+        await lab.reaches(version, Tier.TIER2)
+    for path in (lab.file(damaged, "model.pt"), lab.object(damaged, "model.pt")):
+        flip(path)
+    for tier in (Tier.TIER1, Tier.TIER2):
+        lab.app.catalog.set_damaged(lab.version(damaged), tier, "model.pt: block 0")
+    newer = [await rank.save(PARTS) for _ in range(3)]
+    await eventually(lambda: lab.version(damaged).copy(Tier.TIER1).state is CopyState.EVICTED)
+    for _ in range(2):
+        await lab.app.inventory.refresh(JOB)
+        assert lab.version(damaged).copy(Tier.TIER2).damaged
+        await lab.restart()
+        await lab.app.inventory.refresh(JOB)
+    assert lab.version(intact).has(Tier.TIER2)
+    rank = (await Rank.launch(lab))[0]
+    first = await rank.save(PARTS, persist=True)
+    await lab.reaches(first, Tier.TIER2)
+    await lab.app.keeper.apply(JOB)
+    assert lab.version(intact).has(Tier.TIER2), "of the two newest that are intact there it is one"
+    second = await rank.save(PARTS, persist=True)
+    await lab.reaches(second, Tier.TIER2)
+    await eventually(lambda: gone(lab, damaged) and gone(lab, intact))
+    assert newer
+
+
 async def test_a_damaged_copy_in_tier2_is_known_after_a_restart_and_uploaded_again(make_lab: MakeLab) -> None:
     lab = await make_lab(**STILL)
     version = await saved(lab)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,7 @@ from cairn_api.names import VersionId
 from cairnd import layout
 from cairnd.model import CopyState, Tier, VersionState
 from cairnd.replication.bucket import BucketRepository, Verdict
+from cairnd.tiers.local import LocalTier
 from cairnd.upkeep.keeper import Deletion
 from tests.daemon.conftest import MakeLab
 from tests.daemon.lab import JOB, Lab, Rank, eventually, gone
@@ -64,7 +68,7 @@ async def test_what_waits_for_tier2_stays_until_it_is_there(make_lab: MakeLab) -
     assert lab.version(flagged).state is VersionState.COMMITTED  # tier 2 still has it
 
 
-async def test_the_floor_is_what_ranks_agreed_and_never_less(make_lab: MakeLab) -> None:
+async def test_the_floor_is_what_ranks_agreed_at_the_newest_create(make_lab: MakeLab) -> None:
     """World of two nodes: this one holds newer versions, but only version 1 is on both."""
     lab = await make_lab(num_of_version_in_retention=1, bucket=False)
     rank = (await Rank.launch(lab, world_size=2))[0]
@@ -80,11 +84,106 @@ async def test_the_floor_is_what_ranks_agreed_and_never_less(make_lab: MakeLab) 
     assert lab.version(versions[0]).state is VersionState.PREPARED
     await lab.app.keeper.apply(JOB)
     assert held(lab, Tier.TIER1) == [3, 2, 1]
-    lab.app.keeper.set_floor(JOB, versions[1])
-    lab.app.keeper.set_floor(JOB, versions[0])  # an older answer does not lower it
-    assert lab.app.keeper.floor(JOB) == versions[1]
-    await lab.app.keeper.apply(JOB)
+    keeper = lab.app.keeper
+    keeper.set_floor(JOB, versions[1], versions[1])
+    keeper.set_floor(JOB, versions[2], versions[0])  # lower: the second was lost on the other node
+    await keeper.apply(JOB)
+    assert held(lab, Tier.TIER1) == [3, 2, 1]
+    keeper.set_floor(JOB, versions[1], versions[1])  # a rank that was late tells of an older create
+    assert keeper.floor(JOB) == versions[0]
+    keeper.set_floor(JOB, rank.next(), None)  # nothing is common any more
+    assert keeper.floor(JOB) is None
+    keeper.set_floor(JOB, VersionId(2, 1, "a later launch"), versions[1])
+    assert keeper.floor(JOB) == versions[1]
+    await keeper.apply(JOB)
     assert held(lab, Tier.TIER1) == [3, 2]
+    await lab.restart()
+    assert lab.app.keeper.floor(JOB) is None, "nothing is known of the other node"
+
+
+async def test_a_version_lost_on_one_node_keeps_the_one_before_it_on_the_other(
+    make_lab: MakeLab, tmp_path: Path
+) -> None:
+    nodes = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        nodes.append(await make_lab(folder=tmp_path / name, bucket=False, num_of_version_in_retention=2))
+    ranks = [await Rank.join(lab, rank=number, world_size=2) for number, lab in enumerate(nodes)]
+    await ranks[0].claim("a" * 32)
+    await ranks[1].claim("a" * 32, epoch=1)
+
+    def common() -> set[VersionId]:
+        told = [{version.id for version in lab.app.launches.newest(JOB, Tier.TIER1)} for lab in nodes]
+        return set.intersection(*told)
+
+    async def save(*, commits: list[Rank]) -> VersionId:
+        version, floor = ranks[0].next(), max(common(), default=None)
+        for rank in ranks:
+            rank.create(version)
+            rank.lab.app.keeper.set_floor(JOB, version, floor)
+            rank.seal(version, "a", b"x")
+            await rank.prepare(version, ["a"])
+        for rank in commits:
+            rank.commit(version)
+            await rank.lab.reaches(version, Tier.TIER1)
+        return version
+
+    versions = [await save(commits=ranks) for _ in range(2)]
+    aborted = await save(commits=[])  # its create answers the second
+    for rank in ranks:
+        rank.lab.app.saves.abort(rank.lab.version(aborted), "a rank failed")
+    nodes[1].app.catalog.set_damaged(nodes[1].version(versions[1]), Tier.TIER1, "a: block 0")
+    await save(commits=ranks[:1])  # and the second node dies before it has this one in tier 1
+    await nodes[0].app.keeper.apply(JOB)
+    assert common() == {versions[0]}
+
+
+async def test_a_copy_in_tier2_that_only_this_node_counts_on_does_not_raise_what_ranks_agreed(
+    make_lab: MakeLab,
+) -> None:
+    lab = await make_lab(num_of_version_in_retention=1, bucket=False)
+    rank = (await Rank.launch(lab, world_size=2))[0]
+    versions = []
+    for _ in range(2):
+        versions.append(rank.next())
+        rank.create(versions[-1])
+        rank.seal(versions[-1], "a", b"x")
+        await rank.prepare(versions[-1], ["a"])
+        rank.commit(versions[-1])
+        await lab.reaches(versions[-1], Tier.TIER1)
+    uploaded = lab.version(versions[1])
+    lab.app.catalog.move(uploaded, VersionState.COMMITTED)
+    lab.app.catalog.set_copy(uploaded, Tier.TIER2, CopyState.VERIFIED)
+    assert lab.app.keeper.floor(JOB) == versions[1]
+    lab.app.keeper.set_floor(JOB, rank.next(), versions[0])  # the other node has found it damaged there
+    assert lab.app.keeper.floor(JOB) == versions[0]
+
+
+async def test_a_copy_that_is_being_deleted_is_known(make_lab: MakeLab) -> None:
+    lab = await make_lab(num_of_version_in_retention=3)
+    first, _ = await saved(lab, 2, persist=True)
+    version, keeper = lab.version(first), lab.app.keeper
+    seen = []
+
+    def watched(real: Callable[..., Any], name: str, *, fails: bool = False) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            seen.append((name, *(keeper.is_deleting(version, tier) for tier in (Tier.TIER1, Tier.TIER2))))
+            if fails and len(seen) == 1:
+                raise UnavailableError("the disk reports an error")
+            return real(*arguments)
+
+        return wrapped
+
+    bucket = await lab.bucket()
+    tree = lab.app.tier1.delete_tree
+    lab.app.tier1.delete_tree = watched(tree, "data", fails=True)  # type: ignore[method-assign]
+    bucket.mark_deleted = watched(bucket.mark_deleted, "tombstone")  # type: ignore[method-assign]
+    await keeper.delete(keeper.plan_version(version))
+    assert seen == [("data", True, False), ("tombstone", True, True)]
+    assert keeper.is_deleting(version, Tier.TIER1), "half of it is gone, and the rest goes later"
+    await lab.passes(lambda: gone(lab, first))
+    assert seen[2] == ("data", True, False)
+    assert not any(keeper.is_deleting(version, tier) for tier in Tier)
 
 
 async def test_a_pin_survives_everything_but_unpin(make_lab: MakeLab) -> None:
@@ -349,7 +448,7 @@ async def test_at_the_byte_limit_what_is_passed_over_goes_before_the_newest_that
     marked = await rank.save({"a": bytes(10_000)})
     lab.version(sound).pinned = False
     lab.app.health.mark(lab.version(marked), "its loss exploded")
-    lab.app.keeper.set_floor(JOB, marked)  # agreed on before it was marked
+    lab.app.keeper.set_floor(JOB, VersionId(1, 3, "next"), marked)  # agreed on before it was marked
     assert lab.app.keeper.floor(JOB) == sound
     assert [version.id for version in lab.app.launches.newest(JOB, Tier.TIER1)] == [sound]
     saved_now = rank.next()
@@ -384,3 +483,63 @@ async def test_what_the_daemon_asked_for_by_itself_gives_way_and_what_a_person_a
     with pytest.raises(OverloadedError):
         await lab.app.keeper.make_room(20_000, JOB)
     assert not gone(lab, versions[1])
+
+
+async def test_damaged_copies_do_not_keep_every_save_from_its_place(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, tier1_limit_bytes=35_000, num_of_version_in_retention=3, scrub_bytes_per_s=0)
+    (rank,) = await Rank.launch(lab)
+    intact, *rotten = [await rank.save({"a": bytes(10_000)}) for _ in range(3)]
+    for version in rotten:
+        lab.app.catalog.set_damaged(lab.version(version), Tier.TIER1, "a: block 0")
+    lab.version(rotten[0]).pinned = True
+    after = await rank.save({"a": bytes(10_000)})  # newer than the floor, and no more of them than is needed
+    assert gone(lab, rotten[1])
+    (event,) = lab.events("damaged_copy_given_up")
+    assert (event.version, event.fields["damage"]) == (str(rotten[1]), "a: block 0")
+    assert held(lab, Tier.TIER1) == [after.sequence, intact.sequence]
+    with pytest.raises(OverloadedError) as caught:
+        await rank.save({"a": bytes(30_000)})
+    assert "cairn prune VERSION" in caught.value.hint
+    assert not gone(lab, rotten[0]), "it is pinned"
+
+
+async def test_with_all_copies_damaged_there_is_room_for_the_next_version(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, tier1_limit_bytes=25_000, num_of_version_in_retention=2, scrub_bytes_per_s=0)
+    (rank,) = await Rank.launch(lab)
+    rotten = [await rank.save({"a": bytes(10_000)}) for _ in range(2)]
+    for version in rotten:
+        lab.app.catalog.set_damaged(lab.version(version), Tier.TIER1, "a: block 0")
+    assert lab.app.keeper.floor(JOB) is None
+    await rank.save({"a": bytes(10_000)})
+    assert [gone(lab, version) for version in rotten] == [True, False]
+
+
+async def test_a_damaged_copy_of_one_job_goes_before_an_intact_one_of_another(make_lab: MakeLab) -> None:
+    lab = await make_lab(bucket=False, tier1_limit_bytes=35_000, num_of_version_in_retention=2, scrub_bytes_per_s=0)
+    (rank,) = await Rank.launch(lab)
+    intact = [await rank.save({"a": bytes(10_000)}) for _ in range(2)]
+    (other,) = await Rank.launch(lab, job="z")
+    rotten = other.next()
+    other.create(rotten)
+    other.seal(rotten, "a", bytes(10_000))
+    await other.prepare(rotten, ["a"])
+    other.commit(rotten)
+    await lab.reaches(rotten, Tier.TIER1, "z")
+    lab.app.catalog.set_damaged(lab.version(rotten, "z"), Tier.TIER1, "a: block 0")
+    await lab.app.keeper.make_room(10_000, JOB)
+    assert lab.app.catalog.get("z", rotten) is None
+    assert held(lab, Tier.TIER1) == [version.sequence for version in reversed(intact)]
+
+
+async def test_the_disk_is_asked_for_its_room_beside_the_event_loop(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_by: list[threading.Thread] = []
+
+    def free_bytes(_: LocalTier) -> int:
+        asked_by.append(threading.current_thread())
+        return 0
+
+    monkeypatch.setattr(LocalTier, "free_bytes", free_bytes)
+    with pytest.raises(OverloadedError):
+        await lab.app.keeper.make_room(1, JOB)
+    assert asked_by
+    assert threading.current_thread() not in asked_by

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cairn_api.errors import ConfigurationError
 from cairn_api.names import VersionId
-from cairnd.upkeep.retention import Held, Policy, over_limit, plan
+from cairnd.upkeep.retention import Held, Policy, damaged_first, over_limit, plan
 
 
 def at(sequence: int, epoch: int = 1) -> VersionId:
@@ -90,6 +90,16 @@ def test_over_the_limit_only_what_is_safe_goes_oldest_first(
     assert not evictions or freed - evictions[-1].size_bytes < excess  # and not one more than needed
     if freed < excess:
         assert {item.id for item in evictions} == could
+
+
+@given(helds, st.integers(-10, 2000))
+def test_of_damaged_copies_the_oldest_go_and_no_more_than_needed(damaged: list[Held], excess: int) -> None:
+    could = sorted(item.id for item in damaged if not item.protected)
+    evictions = damaged_first(damaged, excess)
+    assert [item.id for item in evictions] == could[: len(evictions)]
+    freed = sum(item.size_bytes for item in evictions)
+    assert not evictions or freed - evictions[-1].size_bytes < excess
+    assert freed >= excess or len(evictions) == len(could)
 
 
 def test_without_a_floor_nothing_goes() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from cairn_api.names import RESERVED_NAME
 from cairn_api.wire import GRPC_SOCKET_NAME, SIDE_SOCKET_NAME
 from cairnd import layout
-from cairnd.cli.doctor.findings import Finding, listed, ok, problem, warning
+from cairnd.cli.doctor.findings import Finding, from_error, listed, ok, problem, warning
 from cairnd.cli.doctor.stored import Stored
 from cairnd.cli.doctor.subject import Subject
 from cairnd.cli.text import count_text, size_text
@@ -66,13 +66,34 @@ def _lock(subject: Subject) -> Iterator[Finding]:
 def lock_owner(path: Path, machine: Path) -> int | None:
     """The process that holds the lock on *path*; 0 for one in another pid namespace; None if nobody does."""
     try:
-        inode = path.stat().st_ino
+        inode, device = path.stat().st_ino, _device(path)
     except OSError:
         return None
     for line in (machine / "proc/locks").read_text().splitlines():
         fields = line.split()
-        if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
+        if fields[1] != "FLOCK":
+            continue
+        major, minor, number = fields[5].split(":")
+        if number == str(inode) and (int(major, 16), int(minor, 16)) == device:
             return max(int(fields[4]), 0)
+    return None
+
+
+def _device(path: Path) -> tuple[int, int] | None:
+    """Major and minor of the file system that holds *path*, as the kernel's tables have them; None if it is not known.
+
+    ``st_dev`` is another on btrfs and on overlays.
+    """
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        about = dict(line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines())
+    finally:
+        os.close(fd)
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, device = line.split()[:3]
+        if mount == about["mnt_id"].strip():
+            major, minor = device.split(":")
+            return int(major), int(minor)
     return None
 
 
@@ -92,6 +113,8 @@ def _in_tier1(subject: Subject, stored: Stored) -> Iterator[Finding]:
             f"the manifest of {key} is damaged: {why}",
             "restart cairnd, which moves it to the quarantine folder; `cairn list` shows where else the version is",
         )
+    for key, error in scanned.left_alone.items():
+        yield from_error(CHECK, f"{key} cannot be looked at, and is not used", error)
     incoming = [
         layout.incoming_folder(version.job, version.id)
         for version in scanned.versions

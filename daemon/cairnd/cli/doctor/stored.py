@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -22,11 +23,15 @@ class Stored:
         self._found: recovery.Recovered | None = None
 
     def scan(self) -> recovery.Recovered:
-        """What there is; nothing if there is no tree yet. Raises what reading it raised."""
+        """What there is; nothing if there is no tree yet. Raises what reading it raised, and what needs more rights."""
         with self._lock:
             if self._found is None:
                 there = (self.tier.root / layout.VERSIONS).is_dir()
-                self._found = recovery.scan(self.tier) if there else recovery.Recovered()
+                found = recovery.scan(self.tier) if there else recovery.Recovered()
+                for error in found.left_alone.values():
+                    if os.geteuid() != 0 and isinstance(error.__cause__, PermissionError):
+                        raise error
+                self._found = found
             return self._found
 
     def by_job(self) -> dict[str, list[Version]]:

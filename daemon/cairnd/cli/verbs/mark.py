@@ -2,11 +2,13 @@
 
 A version whose bytes are intact may still be one to stay away from: its loss has exploded, or trainings die on it. The
 daemon itself marks one on which several launches in a row died before they had saved anything (the setting
-pass_over_after_resumes). A version that is passed over is still loaded by name.
+pass_over_after_resumes). A version that is passed over is still loaded by name; if all are, resume takes the newest of
+them as the last resort, and the command warns of that.
 
 VERSION is a version's name or a tag (its newest version).
 
-JSON: {"job", "tag", "epoch", "sequence", "version", "passed_over": text, "changed": bool}.
+JSON: {"job", "tag", "epoch", "sequence", "version", "passed_over": text, "changed": bool,
+"sound_versions": int}; the last: how many versions of the job automatic resume takes before any that is passed over.
 """
 
 from __future__ import annotations
@@ -34,10 +36,18 @@ def run(invocation: Invocation) -> int:
     reason = "" if arguments.sound else arguments.pass_over or "no reason was given"
     reply = daemon.mark(job, invocation.version(job, arguments.version), reason)
     version = translate.version_id(reply.id)
+    versions = [item.version for item in daemon.versions(job).versions]
+    sound = sum(item.restorable and not item.passed_over for item in versions)
     if invocation.output.as_json:
-        invocation.output.json({**name_document(job, version), "passed_over": reason, "changed": reply.changed})
+        found = {"passed_over": reason, "changed": reply.changed, "sound_versions": sound}
+        invocation.output.json({**name_document(job, version), **found})
     elif reason:
         invocation.output.text(f"Automatic resume passes {version} over.")
+        if not sound:
+            invocation.output.warn(
+                f"no other version of {job} is left, so resume takes the newest that is passed over, as the last "
+                "resort; give the training a new job name to begin from nothing"
+            )
     else:
         verdict = f"Automatic resume takes {version} again." if reply.changed else f"{version} was not marked."
         invocation.output.text(verdict)

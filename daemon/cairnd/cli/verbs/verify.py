@@ -3,7 +3,8 @@
 Without --deep: manifests, names and sizes. With --deep: every digest of every byte. VERSION is a version's name or a
 tag; without it all versions of the job are checked. The daemon takes copies that it finds damaged out of use, keeps
 that in mind over restarts, and makes them again from another tier that has the version; with --store nothing is
-changed. Each damaged copy comes with its next step. Leaves with 1 if anything is damaged.
+changed. Each damaged copy comes with its next step. Leaves with 1 if anything is damaged. A copy at which nobody
+could look (its bucket is away, say) keeps no other from being checked; the error comes at the end.
 
 JSON: {"job", "deep": bool, "versions_checked": int, "copies_checked": int, "read_bytes": int,
 "findings": [{"job", "tag", "epoch", "sequence", "version", "tier", "path", "problem", "next_step"}, ...]}; a finding
@@ -15,7 +16,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from cairn_api.errors import VersionError
+from cairn_api.errors import CairnError, VersionError
 from cairn_api.names import VersionId
 from cairnd.cli.documents import name_document
 from cairnd.cli.invocation import Invocation
@@ -39,9 +40,15 @@ def run(invocation: Invocation) -> int:
     arguments, output = invocation.arguments, invocation.output
     job = invocation.job()
     text = invocation.version(job, arguments.version) if arguments.version else None
+    failure: CairnError | None = None
     with output.progress("verifying") as advance:
         totals = _Totals(invocation, advance)
-        invocation.source().verify(job, text, deep=arguments.deep, report=totals.add)
+        try:
+            invocation.source().verify(job, text, deep=arguments.deep, report=totals.add)
+        except CairnError as error:
+            if not totals.copies:
+                raise
+            failure = error
     if not totals.versions and not totals.findings:
         raise VersionError(f"job {job!r} has no versions: nothing was verified", hint="run `cairn list`")
     steps = next_steps(invocation, job, totals.findings)
@@ -70,6 +77,10 @@ def run(invocation: Invocation) -> int:
         output.text(
             f"{count_text(totals.versions, 'version')}, {count_text(totals.copies, 'copy')} checked{read}: {result}"
         )
+    if failure is not None:
+        if not totals.findings:
+            raise failure
+        output.error(failure, FOUND_DAMAGE)
     return FOUND_DAMAGE if totals.findings else 0
 
 

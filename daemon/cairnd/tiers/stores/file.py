@@ -48,8 +48,8 @@ class FileStore:
     def __init__(self, fs: FileSystem, root: Path) -> None:
         self._fs = fs
         self._root = root
-        self._inode: int | None = None
-        """The root's, once it was used."""
+        self._identity: tuple[int, int] | None = None
+        """Of the root, once it was used: its inode, and what its file system says of itself."""
         self._capabilities = Capabilities("file", conditional_put=True, ranged_reads=True, checks_source=True)
 
     @property
@@ -257,31 +257,36 @@ class FileStore:
 
     def _check_root(self) -> None:
         """Before something is called missing: it is not, if the whole bucket is gone."""
-        if self._inode is not None:
+        if self._identity is not None:
             self._find_root()
 
     def _find_root(self) -> bool:
         """Whether the root is there; raises :class:`UnavailableError` if it was, and is not or is another folder now.
 
         A file system that has been unmounted leaves an empty folder, or none: what is put there is not in the bucket.
+        Each ext4's root has inode 2, so file systems are told apart too: by the id that they state (``f_fsid``, 0 for
+        none), and not by ``st_dev``, which those of a network may change when they are mounted again.
         """
-        known = self._inode  # before the look: another thread may make it meanwhile
+        known = self._identity  # before the look: another thread may make it meanwhile
         with explained("look at", self._root):
             try:
                 found = self._fs.stat(self._root)
+                identity = (found.st_ino, self._fs.statvfs(self._root).f_fsid)
             except FileNotFoundError:
-                inode = None
+                identity = None
             else:
                 if not is_folder(found):
                     raise OSError(errno.ENOTDIR, "not a folder")
-                inode = found.st_ino
-        if known not in (None, inode):
+        if known not in (None, identity):
+            now = "gone" if identity is None else "another one"
             raise UnavailableError(
-                f"the bucket's folder {self._root} is {'gone' if inode is None else 'another one'} since it was used",
-                hint="mount again what was mounted there; if the change is meant, restart cairnd",
+                f"the bucket's folder {self._root} is {now} since it was used",
+                hint="mount again what was mounted there. If it was mounted only after cairnd had started, restart "
+                "cairnd: it persists again what tier 1 still holds, and the rest lies under the mount; copy it from "
+                "there",
             )
-        self._inode = inode or self._inode
-        return inode is not None
+        self._identity = identity or self._identity
+        return identity is not None
 
     @contextmanager
     def _opened(self, source: BinarySource) -> Iterator[_Read]:
