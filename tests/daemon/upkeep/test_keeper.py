@@ -334,11 +334,11 @@ async def test_a_deletion_that_fails_half_way_is_tried_again(make_lab: MakeLab) 
     lab = await make_lab(num_of_version_in_retention=1, bucket=False)
     real, failed = lab.app.tier1.delete_tree, list[str]()
 
-    def fails_once(key: str) -> None:
+    def fails_once(key: str, *, sync: bool = True) -> None:
         if key.endswith(str(first)) and not failed:
             failed.append(key)
             raise UnavailableError("the disk reports an error")
-        real(key)
+        real(key, sync=sync)
 
     first = VersionId(1, 1, "step1")
     lab.app.tier1.delete_tree = fails_once  # type: ignore[method-assign]
