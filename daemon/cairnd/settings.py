@@ -206,6 +206,8 @@ def _convert(name: str, value: object, kind: Any) -> object:
         return _convert_one(value, kind)
     except (ValueError, KeyError, OverflowError):
         kind_name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(kind, "a list")
+        if kind == tuple[int, ...]:
+            kind_name = "a list of whole numbers"
         raise _invalid(name, value, kind_name) from None
 
 

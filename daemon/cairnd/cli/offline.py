@@ -248,6 +248,8 @@ def _check_tree(tier1: LocalTier) -> None:
         document = decode(tier1.read_small(layout.LAYOUT_KEY), NOTE_FORMAT, layout.LAYOUT_KEY)
     except NotFoundError as error:
         raise ConfigurationError(f"{tier1.root} is not a tier 1 folder of Cairn's", hint=_NO_TREE) from error
+    except VersionError as error:
+        raise VersionError(f"{tier1.root}: {error.message}", hint=recovery.LAYOUT_DAMAGED) from error
     if document.get("layout") != layout.LAYOUT_VERSION:
         raise ConfigurationError(
             f"{tier1.root} has layout {document.get('layout')!r}, this Cairn reads layout {layout.LAYOUT_VERSION}",

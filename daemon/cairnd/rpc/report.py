@@ -184,4 +184,7 @@ def _next_step(version: Version, tier: Tier) -> str:
             else f"`cairn persist {name}` uploads {part} again"
         )
         return f"{again}; `cairn verify {name} --deep` looks again"
-    return f"no other tier has an intact copy: `cairn list --job {version.job}` shows older versions"
+    return (
+        f"no other tier has an intact copy: `cairn list --job {version.job}` shows older versions, and "
+        f"`cairn prune {name}` removes this one"
+    )

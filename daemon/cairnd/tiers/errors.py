@@ -31,6 +31,7 @@ _DESCRIPTORS = "raise LimitNOFILE of the daemon's unit"
 _DISK = "look at the kernel's log (dmesg) and replace the disk if it reports errors"
 _CHECK = "look at the kernel's log (dmesg); stop the daemon, unmount the file system and check it (fsck, xfs_repair)"
 _PERMISSION = "let the daemon's user own this path, on a file system mounted for writing"
+_IMMUTABLE = f"{_PERMISSION}; `lsattr -d` shows whether it is immutable, `chattr -i` takes that back"
 _LINK = "remove the symbolic link or the file that stands where a folder belongs"
 
 _TABLE: Mapping[int, tuple[type[CairnError], str]] = {
@@ -48,7 +49,7 @@ _TABLE: Mapping[int, tuple[type[CairnError], str]] = {
     errno.ETIMEDOUT: (UnavailableError, "mount this file system again"),
     errno.EROFS: (ConfigurationError, _PERMISSION),
     errno.EACCES: (ConfigurationError, _PERMISSION),
-    errno.EPERM: (ConfigurationError, _PERMISSION),
+    errno.EPERM: (ConfigurationError, _IMMUTABLE),
     errno.ELOOP: (ConfigurationError, _LINK),
     errno.ENOTDIR: (ConfigurationError, _LINK),
     errno.EISDIR: (ConfigurationError, _LINK),

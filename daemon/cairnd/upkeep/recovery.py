@@ -72,17 +72,19 @@ def identify(tier: LocalTier) -> str:
         )
         return node
     except VersionError as error:
-        raise VersionError(
-            f"{tier.root}: {error.message}",
-            hint="restore this file from a backup, or delete it: the daemon then gives itself a new node id, and finds "
-            "every version as before",
-        ) from error
+        raise VersionError(f"{tier.root}: {error.message}", hint=LAYOUT_DAMAGED) from error
     if document.get("layout") != layout.LAYOUT_VERSION:
         raise ConfigurationError(
             f"{tier.root} has layout {document.get('layout')!r}, this Cairn writes layout {layout.LAYOUT_VERSION}",
             hint="run the version of Cairn that wrote it, or give this daemon an empty tier1_path",
         )
     return check_node(str(document.get("node")))
+
+
+LAYOUT_DAMAGED = (
+    "restore this file from a backup, or delete it: the daemon then gives itself a new node id, and finds every "
+    "version as before"
+)
 
 
 def scan(tier: LocalTier) -> Recovered:
@@ -306,6 +308,7 @@ def open_tree(fs: FileSystem, path: str) -> Path:
     except OSError as error:
         raise ConfigurationError(
             f"tier 1 at {path} cannot be used: {error}",
-            hint="create the folder on local NVMe, owned by cairnd's user, or set tier1_path to another one",
+            hint="create the folder on local NVMe, owned by cairnd's user, or set tier1_path to another one; "
+            "`cairn doctor` tells what stands in its way",
         ) from error
     return root

@@ -167,8 +167,13 @@ def test_a_running_daemon_is_examined_with_its_own_settings(examine: Examine, ca
 def test_a_configuration_file_is_compared_with_the_running_daemon(examine: Examine, place: Path) -> None:
     config = place / "cairnd.toml"
     config.write_text(f'runtime_dir = "{place}/run"\ntier1_path = "{place}/other"\n')
+    misspelt = place / "misspelt.toml"
+    misspelt.write_text(f'runtime_dir = "{place}/run"\ntier_path = "{place}/other"\n')
     with DaemonProcess(place, capture_memory_bytes=1 << 26):
         report = examine("--config", config)
+        unread = examine("--config", misspelt)
+    unread.one("configuration", Level.PROBLEM, "unknown setting")
+    assert not any("other settings" in finding.message for finding in unread.findings), "it is corrected first"
     found = report.one("configuration", Level.WARNING, "started with other settings")
     assert "tier1_path" in found.message
     assert "capture_memory_bytes" in found.message

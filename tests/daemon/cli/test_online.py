@@ -88,6 +88,7 @@ def test_a_version_that_resume_passes_over(online: Cairn) -> None:
     assert online("mark", "global_step2", "--sound").status == 0
     assert "passed-over" not in online("list").out
     assert online("mark", "global_step2").status == 2
+    assert online("mark", "global_step2", "--pass-over", " ").status == 2
 
 
 def test_a_dry_run_prints_exactly_what_prune_does(online: Cairn, daemon: DaemonProcess) -> None:

@@ -110,7 +110,7 @@ def _missing_folder(subject: Subject, url: str) -> Finding | None:
     return warning(
         CHECK,
         f"{folder} is not there: the daemon makes it at its first upload, on whatever file system {there} is",
-        f"if it belongs on a shared file system, mount that first; else mkdir {folder}",
+        f"if it belongs on a shared file system, mount that first; else mkdir -p {folder}",
     )
 
 

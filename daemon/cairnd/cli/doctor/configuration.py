@@ -47,7 +47,7 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 def _compared_with_daemon(subject: Subject) -> Iterator[Finding]:
     status, settings = subject.status, subject.settings
-    if status is None:
+    if status is None or subject.faults:  # what could not be read is at its default here
         return
     different = [
         f"{name} = {running!r} instead of {read!r}"
@@ -131,6 +131,8 @@ def _retention(subject: Subject) -> Iterator[Finding]:
 
 
 def _places(subject: Subject) -> Iterator[Finding]:
+    if subject.guessed and subject.status is None:
+        return
     settings, tier1 = subject.settings, subject.tier1
     for name, other in (("runtime_dir", subject.runtime_dir), ("persistent_storage_path", _local_bucket(subject))):
         if other is not None and (other == tier1 or tier1 in other.parents or other in tier1.parents):

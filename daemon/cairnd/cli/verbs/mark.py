@@ -13,7 +13,7 @@ JSON: {"job", "tag", "epoch", "sequence", "version", "passed_over": text, "chang
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 
 from cairnd.cli import translate
 from cairnd.cli.documents import name_document
@@ -26,14 +26,16 @@ HELP = "have automatic resume pass a version over, or take it again"
 def configure(parser: ArgumentParser) -> None:
     parser.add_argument("version", metavar="VERSION", help="a version's name, or a tag")
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--pass-over", metavar="REASON", help="pass it over; the reason is shown to whoever wonders later")
+    how.add_argument(
+        "--pass-over", type=_reason, metavar="REASON", help="pass it over; the reason is shown to whoever wonders later"
+    )
     how.add_argument("--sound", action="store_true", help="take it again")
 
 
 def run(invocation: Invocation) -> int:
     arguments = invocation.arguments
     daemon, job = invocation.daemon(), invocation.job()
-    reason = "" if arguments.sound else arguments.pass_over or "no reason was given"
+    reason = "" if arguments.sound else arguments.pass_over
     reply = daemon.mark(job, invocation.version(job, arguments.version), reason)
     version = translate.version_id(reply.id)
     versions = [item.version for item in daemon.versions(job).versions]
@@ -52,3 +54,9 @@ def run(invocation: Invocation) -> int:
         verdict = f"Automatic resume takes {version} again." if reply.changed else f"{version} was not marked."
         invocation.output.text(verdict)
     return 0
+
+
+def _reason(text: str) -> str:
+    if not text.strip():
+        raise ArgumentTypeError("it is a text that tells whoever wonders later why")
+    return text
