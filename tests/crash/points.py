@@ -276,9 +276,12 @@ def judge(ground: Ground, phase: Phase, spoilt: str | None = None) -> list[str]:
     there = []
     for version, manifests in sorted(seen.manifests.items()):
         copy = inventory.merged(manifests)
-        findings = list(verifier.check_tier2(ground.bucket, copy, deep=True, progress=lambda _: None))
-        if version in ground.decided(Verdict.DELETED):
+        try:
+            findings = list(verifier.check_tier2(ground.bucket, copy, deep=True, progress=lambda _: None))
+        except verifier.GoneError:
             continue  # since the look: retention runs on
+        if version in ground.decided(Verdict.DELETED):
+            continue
         there.append(version)
         problems += [f"torn in the bucket: {version}: {item.path}: {item.problem}" for item in findings]
     lost = oracle.lost(promises.tier2, oracle.Found(tuple(there), {}, ()), phase.keep)

@@ -43,7 +43,7 @@ def view(
     job: str,
     known: Callable[[VersionId], bool],
     *,
-    listed: Callable[[VersionId], bool] = lambda _: False,
+    listed: Callable[[VersionId], bool] = lambda _: True,
 ) -> BucketView:
     """Read a job's records; manifests only of committed versions that are not *known* yet. Blocks.
 

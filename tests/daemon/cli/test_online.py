@@ -256,9 +256,11 @@ def test_watch_prints_what_happened(online: Cairn) -> None:
 def test_a_follower_sees_events_as_they_happen_and_can_be_interrupted(online: Cairn, daemon: DaemonProcess) -> None:
     command = [sys.executable, "-m", "cairnd.cli.main", "watch", "--follow", "--json"]
     environment = {**os.environ, "CAIRN_RUNTIME_DIR": str(daemon.runtime_dir)}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts behind it ignores it
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as watcher:
+        signal.signal(signal.SIGINT, before)
         assert watcher.stdout is not None
         assert watcher.stderr is not None
         assert json.loads(watcher.stdout.readline())["number"] == 1  # it is connected

@@ -156,8 +156,16 @@ class FileStore:
                 yield found
 
     def list_folders(self, prefix: str) -> Sequence[str]:
-        below = {key[len(prefix) :] for key, name in self._walk(check_prefix(prefix)) if self._is_object(name)}
-        return sorted({key.partition("/")[0] for key in below if "/" in key})
+        self._check_root()
+        path = self._root / check_prefix(prefix)
+        with explained("list", path):
+            try:
+                entries = self._fs.scandir(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        # Empty folders are nothing to a store; of what lies below the others, the first object is enough.
+        below = {entry.name: self._walk(f"{prefix}{entry.name}/") for entry in entries if entry.is_folder}
+        return [folder for folder, found in below.items() if any(self._is_object(name) for _, name in found)]
 
     def delete(self, key: str) -> None:
         path = self._path(key)
