@@ -13,6 +13,7 @@ from cairnd.digests import BLOCK_BYTES
 from cairnd.model import CopyState, Tier
 from cairnd.restore import pace
 from cairnd.restore.fetcher import Progress
+from cairnd.tiers.local import LocalTier
 from cairnd.tiers.object_store import ObjectStore
 from tests.daemon.conftest import MakeLab
 from tests.daemon.lab import JOB, Lab, Rank, eventually
@@ -160,3 +161,32 @@ async def test_a_fetch_that_is_given_up_leaves_nothing(make_lab: MakeLab) -> Non
     with pytest.raises(asyncio.CancelledError):
         await fetching
     await eventually(lambda: not lab.file(version, "model.pt").parent.exists())
+
+
+async def test_a_fetch_that_is_given_up_while_its_copy_is_published_leaves_a_whole_copy(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tidied away under the manifest, the version would be listed without its data."""
+    version = await stored(lab)
+    await lose_tier1(lab)
+    begun, go_on, put = threading.Event(), threading.Event(), LocalTier.put_small
+
+    def slow(self: LocalTier, key: str, data: bytes) -> None:
+        if key == layout.manifest(JOB, version):
+            begun.set()
+            assert go_on.wait(60)
+        put(self, key, data)
+
+    monkeypatch.setattr(LocalTier, "put_small", slow)
+    reader = Reader(lab)
+    fetching = asyncio.ensure_future(reader.fetch(version))
+    await eventually(begun.is_set)
+    reader.leave()
+    fetching.cancel()
+    await lab.settle()
+    assert lab.file(version, "model.pt").exists(), "whatever else happens waits for the manifest"
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await fetching
+    await eventually(lambda: lab.version(version).has(Tier.TIER1))
+    assert {name: lab.file(version, name).read_bytes() for name in PARTS} == PARTS
