@@ -56,6 +56,8 @@ def trusts_latest() -> Iterator[None]:
 
     async def believe_and_recover(self: Core) -> Recovered:
         for entry in self.tier1.list_folder(_LATEST) if self.tier1.exists(_LATEST) else ():
+            if entry.name.startswith("."):
+                continue  # of a daemon that was killed while it wrote one
             said = self.tier1.read_small(f"{_LATEST}/{entry.name}")
             latest = NodeManifest.decode(said, entry.name)
             self.tier1.put_small(layout.manifest(latest.job, latest.id), said)
