@@ -140,6 +140,10 @@ class Version:
         """Whether *tier* holds a verified copy."""
         return self.copy(tier).state is CopyState.VERIFIED
 
+    def holds(self, tier: Tier) -> bool:
+        """Whether *tier* holds a copy, intact or damaged. A version is forgotten with its last: so is its damage."""
+        return self.has(tier) or self.copy(tier).damaged
+
     def move(self, state: VersionState, reason: str = "") -> None:
         """Change state; an illegal move is a defect and raises :class:`InternalError`."""
         if state not in MOVES[self.state]:

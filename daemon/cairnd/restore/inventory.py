@@ -201,7 +201,7 @@ class Inventory:
             elif decision.verdict is Verdict.DELETED:
                 if version is not None and version.copy(Tier.TIER2).state in (CopyState.VERIFIED, CopyState.FAILED):
                     self._catalog.set_copy(version, Tier.TIER2, CopyState.EVICTED, reason="deleted in the bucket")
-                    if not version.has(Tier.TIER1):
+                    if not version.holds(Tier.TIER1):
                         self._catalog.forget(version)
             elif version is not None and version.state is VersionState.PREPARED:
                 self._catalog.move(version, VersionState.ABORTED, "fenced off in the bucket by a later launch")

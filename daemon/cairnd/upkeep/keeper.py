@@ -348,7 +348,7 @@ class Keeper:
 
     async def _delete_tier1(self, version: Version, reason: str) -> None:
         folder = layout.version_folder(version.job, version.id)
-        only_copy = not _is_held(version, Tier.TIER2)
+        only_copy = not version.holds(Tier.TIER2)
         if only_copy and version.state is not VersionState.DELETING:
             self._catalog.move(version, VersionState.DELETING, reason)
         await self._disk.run(remove_links, self._fs, version, self._tier1.root / folder)
@@ -363,11 +363,11 @@ class Keeper:
     async def _delete_tier2(self, version: Version, reason: str) -> None:
         bucket = await self._storage.bucket(self._replicator.location(version.job))
         await self._workers.run(bucket.mark_deleted, version.job, version.id, self._clock.now_s())
-        if not _is_held(version, Tier.TIER1) and version.state is not VersionState.DELETING:
+        if not version.holds(Tier.TIER1) and version.state is not VersionState.DELETING:
             self._catalog.move(version, VersionState.DELETING, reason)
         self._catalog.set_copy(version, Tier.TIER2, CopyState.EVICTED, reason=reason)
         self.sweep_later(version.job, version.id)
-        if not _is_held(version, Tier.TIER1):
+        if not version.holds(Tier.TIER1):
             self._catalog.forget(version)
 
     def sweep_later(self, job: str, version: VersionId) -> None:
@@ -397,8 +397,3 @@ class Keeper:
                     continue
                 del self._sweeps[job, version]
                 self._events.publish("tier2_data_deleted", job, version)
-
-
-def _is_held(version: Version, tier: Tier) -> bool:
-    """Whether *tier* has a copy, intact or not. A version is forgotten with its last: its damage would be, too."""
-    return version.has(tier) or version.copy(tier).damaged

@@ -49,7 +49,7 @@ class Judge:
 def is_held(version: Version, tier: Tier) -> bool:
     """Whether *tier* should have a copy, intact or not: a failed upload has left none, and what is deleted has gone."""
     gone = version.state in (VersionState.DELETING, VersionState.ABORTED)
-    return (version.has(tier) or version.copy(tier).damaged) and not gone
+    return version.holds(tier) and not gone
 
 
 class Unseen:

@@ -52,6 +52,20 @@ def unreadable(patch: pytest.MonkeyPatch, *paths: Path, code: int = errno.EIO) -
     patch.setattr(OsFileSystem, "pread_into", refused)
 
 
+def still_cached(patch: pytest.MonkeyPatch, path: Path, data: bytes) -> None:
+    """The page cache has *data* for this file, whatever the disk has by now."""
+    rotten, really = path.stat().st_ino, OsFileSystem.pread_into
+
+    def cached(self: OsFileSystem, fd: int, buffer: memoryview, offset: int) -> int:
+        if os.fstat(fd).st_ino == rotten and not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            piece = data[offset : offset + len(buffer)]
+            buffer[: len(piece)] = piece
+            return len(piece)
+        return really(self, fd, buffer, offset)
+
+    patch.setattr(OsFileSystem, "pread_into", cached)
+
+
 def unmovable(patch: pytest.MonkeyPatch, code: int) -> None:
     """No folder can be made in the quarantine."""
     really = OsFileSystem.mkdir
@@ -238,19 +252,10 @@ async def test_a_restore_that_reads_cached_pages_does_not_acquit_the_disk(make_l
     lab = await make_lab(**STILL)
     version = await stored(lab)
     await quiet(lab)
-    path, really = lab.file(version, "model.pt"), OsFileSystem.pread_into
+    path = lab.file(version, "model.pt")
     flip(path)
-    rotten = path.stat().st_ino
-
-    def cached(self: OsFileSystem, fd: int, buffer: memoryview, offset: int) -> int:
-        if os.fstat(fd).st_ino == rotten and not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
-            data = PARTS["model.pt"][offset : offset + len(buffer)]
-            buffer[: len(data)] = data
-            return len(data)
-        return really(self, fd, buffer, offset)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OsFileSystem, "pread_into", cached)
+        still_cached(patch, path, PARTS["model.pt"])
         found = [step.findings async for step in lab.app.verification.verify([lab.version(version)], deep=True)]
         assert [finding.path for findings in found for finding in findings] == ["model.pt"]
         await Reader(lab).fetch(version)

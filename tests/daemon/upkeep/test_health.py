@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from cairnd.upkeep.verifier import block_buffer, compare_block
 from tests.daemon.conftest import MakeLab
 from tests.daemon.lab import JOB, Lab, Rank, eventually, gone
 from tests.daemon.replication.test_replicator import flip
+from tests.daemon.restore.test_damage import still_cached
 
 PARTS = {"model.pt": b"weights" * 1000, "zero/optim.pt": b"moments" * 3000}
 SCRUBS = {"scrub_bytes_per_s": 1 << 20, "scrub_tier2_bytes_per_s": 1 << 20, "scrub_interval_s": 100.0}
@@ -136,6 +136,22 @@ async def test_damage_in_tier2_is_known_when_tier1_has_let_the_version_go(make_l
     await lab.reaches(second, Tier.TIER2)
     await eventually(lambda: gone(lab, damaged) and gone(lab, intact))
     assert newer
+
+
+async def test_damage_in_tier1_is_known_when_another_daemon_has_deleted_the_version_in_tier2(make_lab: MakeLab) -> None:
+    lab = await make_lab(**STILL)
+    version = await saved(lab)
+    await lab.restart(run=False)
+    await lab.app.inventory.refresh_all()
+    flip(lab.file(version, "model.pt"))
+    lab.app.catalog.set_damaged(lab.version(version), Tier.TIER1, "model.pt: block 0")
+    (await lab.bucket()).mark_deleted(JOB, version, 0.0)
+    for _ in range(2):
+        await lab.app.inventory.refresh(JOB)
+        assert lab.version(version).copy(Tier.TIER1).damaged
+        await lab.app.health.settle()
+        await lab.restart(run=False)
+    assert not lab.version(version).has(Tier.TIER1), "it is not taken for intact after a restart"
 
 
 async def test_a_damaged_copy_in_tier2_is_known_after_a_restart_and_uploaded_again(make_lab: MakeLab) -> None:
@@ -483,19 +499,10 @@ async def test_a_repair_believes_the_disk_and_not_the_page_cache(make_lab: MakeL
     version = await saved(lab)
     await lab.restart(run=False)
     await lab.app.inventory.refresh_all()
-    path, really = lab.file(version, "model.pt"), OsFileSystem.pread_into
+    path = lab.file(version, "model.pt")
     flip(path)
-    rotten = path.stat().st_ino
-
-    def cached(self: OsFileSystem, fd: int, buffer: memoryview, offset: int) -> int:
-        if os.fstat(fd).st_ino == rotten and not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
-            data = PARTS["model.pt"][offset : offset + len(buffer)]
-            buffer[: len(data)] = data
-            return len(data)
-        return really(self, fd, buffer, offset)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OsFileSystem, "pread_into", cached)
+        still_cached(patch, path, PARTS["model.pt"])
         lab.app.catalog.set_damaged(lab.version(version), Tier.TIER1, "model.pt: block 0")  # says the scrubber
         lab.go()
         await lab.reaches(version, Tier.TIER1)
